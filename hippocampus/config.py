@@ -1,0 +1,381 @@
+"""The typed schema of a run: every field with its default, its check and its meaning.
+
+This is the only place with defaults, ranges and cross-field checks. A config file starts from
+`defaults(family)`, changes what its experiment needs, and is turned at once into the frozen
+dataclasses below by `hippocampus.config_files.load_config`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from hippocampus.errors import ConfigError
+
+PATHS = ("ssm", "hopfield", "attention")
+"""Every path a block can have, in the order that gates, masks and probes use."""
+
+_LARGEST = 2**31 - 1
+
+
+def _setting(
+    default: Any, meaning: str, *, low: float | None = None, high: float | None = None,
+    above: float | None = None, below: float | None = None, choices: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field with the range it is held to (low and high belong to the range)."""
+    metadata = {"meaning": meaning, "low": low, "high": high, "above": above, "below": below,
+                "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _count(default: int, meaning: str, *, low: int = 1, high: int = _LARGEST) -> Any:
+    return _setting(default, meaning, low=low, high=high)
+
+
+def _group(cls: type) -> Any:
+    return dataclasses.field(default_factory=cls)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how much at once, and from which seed."""
+
+    steps: int = _count(1000, "optimizer steps of the whole run")
+    seed: int = _count(0, "seed of the initial parameters, the data order and dropout", low=0)
+    batch_size: int = _count(32, "sequences per optimizer step, over all devices")
+    grad_accumulation: int = _count(1, "micro-batches that one optimizer step is split into")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, its schedule, and what it does not decay."""
+
+    learning_rate: float = _setting(1e-3, "peak learning rate", above=0, high=100)
+    warmup_steps: int = _count(100, "steps of linear warm-up from 0", low=0)
+    schedule: str = _setting("cosine", "after warm-up: cosine, wsd (constant, then a linear decay) "
+                             "or constant", choices=("cosine", "wsd", "constant"))
+    decay_fraction: float = _setting(0.2, "share of the run that wsd decays over", low=0, high=1)
+    final_scale: float = _setting(0.1, "last learning rate / peak learning rate", low=0, high=1)
+    beta1: float = _setting(0.9, "decay of the first moment", low=0, below=1)
+    beta2: float = _setting(0.95, "decay of the second moment", low=0, below=1)
+    epsilon: float = _setting(1e-8, "added to the root of the second moment", above=0, high=1)
+    weight_decay: float = _setting(0.1, "decoupled weight decay", low=0, high=100)
+    no_decay: tuple[str, ...] = _setting(
+        (r"(bias|scale|log_decay|log_beta|skip|input_scale)$",),
+        "regular expressions over parameter paths that weight decay leaves alone")
+    clip_norm: float = _setting(1.0, "largest global gradient norm; 0 = no clipping", low=0)
+
+
+@dataclass(frozen=True)
+class SSMConfig:
+    """The state-space path (hippocampus.layers.modern_ssm)."""
+
+    kind: str = _setting("gated", "gated: input-dependent decay; diagonal: plain A, B, C, D",
+                         choices=("gated", "diagonal"))
+    expansion: float = _setting(1.5, "inner width E / d_model", above=0, high=16)
+    d_conv: int = _count(4, "taps of the causal convolution; 1 = none", high=256)
+    d_state: int = _count(4, "state size N per channel (diagonal kind; gated has 1)", high=1024)
+    input_scale: bool = _setting(False, "learn a scale per channel on the scan's input")
+    first_layer: int = _count(0, "layers below this one have no state-space path", low=0)
+    dominant_from_layer: int = _count(-1, "from this layer on the state-space gate starts at "
+                                      "`dominance` instead of an equal share; -1 = nowhere", low=-1)
+    dominance: float = _setting(0.8, "that first share", above=0, below=1)
+    backend: str = _setting("auto", "linear_scan backend",
+                            choices=("auto", "sequential", "associative", "chunked"))
+
+
+@dataclass(frozen=True)
+class HopfieldConfig:
+    """The associative-memory path (hippocampus.layers.mor_hopfield)."""
+
+    patterns: str = _setting("context", "what is retrieved from: the causal context, learned "
+                             "slots, or both", choices=("context", "slots", "both"))
+    depth_schedule: tuple[int, ...] = _setting(
+        (3, 2, 2, 1), "retrieval steps K per layer; the last number repeats", low=1, high=16)
+    n_slots: int = _count(64, "learned patterns S (slots, both)", high=10_000_000)
+    step_size: float = _setting(1.0, "step alpha of a retrieval; the energy never rises for "
+                                "alpha <= 1", above=0, high=1)
+    normalize: str = _setting("l2", "norm of queries and keys per head: unit length, or RMS",
+                              choices=("l2", "rms"))
+    rope: bool = _setting(False, "rotate queries and keys by position")
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """The self-attention path (hippocampus.layers.self_attention)."""
+
+    n_kv_heads: int = _count(0, "key/value heads; 0 = as many as query heads", low=0)
+    qk_norm: bool = _setting(True, "RMS-normalise queries and keys per head")
+    window: int = _count(0, "tokens that a token sees, itself included; 0 = all before it", low=0)
+    backend: str = _setting("auto", "attention backend, also of the Hopfield path",
+                            choices=("auto", "xla", "cudnn"))
+
+
+@dataclass(frozen=True)
+class MixerConfig:
+    """The learned gate over the paths (hippocampus.layers.gated_mixer)."""
+
+    width: int = _count(32, "hidden width of the gate network")
+    temperature: float = _setting(1.0, "temperature of the gate's softmax", above=0, high=1000)
+    path_dropout: float = _setting(0.0, "chance per sequence that training drops one path",
+                                   low=0, below=1)
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """The feed-forward part of a block (hippocampus.layers.mlp)."""
+
+    kind: str = _setting("swiglu", "gated (swiglu) or plain (gelu)", choices=("swiglu", "gelu"))
+    width: int = _count(0, "hidden width F; 0 = 8/3 d_model (swiglu) or 4 d_model (gelu), "
+                        "rounded up to a multiple of 16", low=0)
+
+
+@dataclass(frozen=True)
+class SegmentsConfig:
+    """The reasoner: R passes of the stack, a controller between them."""
+
+    train: int = _count(2, "passes R in training", high=16)
+    eval: int = _count(3, "passes that probes can choose from at evaluation", high=16)
+    gradient: str = _setting("full", "through earlier passes: full, or stop at the controller",
+                             choices=("stop", "full"))
+    weights: tuple[float, ...] = _setting(
+        (0.3, 1.0), "loss weight of each pass, aligned with the last one: missing ones are 0, "
+        "surplus first ones unused", low=0)
+    controller_width: int = _count(32, "hidden width of the controller")
+    feedback: bool = _setting(False, "also add a projection of the last pass to the embeddings")
+
+
+@dataclass(frozen=True)
+class HybridConfig:
+    """The hybrid language model (hippocampus.models.hybrid_lm)."""
+
+    family: str = _setting("hybrid", "model family", choices=("hybrid",))
+    vocab_size: int = _count(256, "token ids; training replaces it by the tokenizer's size",
+                             high=16_777_216)
+    d_model: int = _count(256, "width D of the residual stream", high=65_536)
+    n_layers: int = _count(4, "blocks L", high=1024)
+    n_heads: int = _count(4, "heads H of every path", high=1024)
+    paths: tuple[str, ...] = _setting(PATHS, "paths of every block", choices=PATHS)
+    layer_paths: tuple[str, ...] = _setting(
+        (), "paths per layer, such as ('attention', 'ssm+attention'); empty = `paths` everywhere")
+    position: str = _setting("rope", "position information of the attention path",
+                             choices=("rope", "learned", "none"))
+    rope_theta: float = _setting(10_000.0, "base of the rotary frequencies", above=0, high=1e12)
+    max_length: int = _count(0, "rows of the learned position table; 0 = data.context", low=0)
+    tie_embeddings: bool = _setting(True, "one table for input and output")
+    dropout: float = _setting(0.0, "dropout after each block half", low=0, below=1)
+    scan_layers: bool = _setting(False, "compile runs of equal layers once (lax.scan)")
+    remat: str = _setting("none", "what the backward pass recomputes: none, dots (all but matrix "
+                          "products), or full (the whole block)", choices=("none", "dots", "full"))
+    compute_dtype: str = _setting("auto", "type of matrix products; parameters stay float32",
+                                  choices=("auto", "float32", "bfloat16", "float16"))
+    norm_epsilon: float = _setting(1e-6, "added to the mean square in norms", above=0, high=1)
+    ssm: SSMConfig = _group(SSMConfig)
+    hopfield: HopfieldConfig = _group(HopfieldConfig)
+    attention: AttentionConfig = _group(AttentionConfig)
+    mixer: MixerConfig = _group(MixerConfig)
+    mlp: MLPConfig = _group(MLPConfig)
+    segments: SegmentsConfig = _group(SegmentsConfig)
+
+
+@dataclass(frozen=True)
+class RectifiedFlowConfig:
+    """The two straightness regularisers (hippocampus.training.rectified_flow)."""
+
+    segment_weight: float = _setting(0.0, "weight of the segment flow (first pass -> last pass)",
+                                     low=0, high=1e6)
+    depth_weight: float = _setting(0.0, "weight of depth straightness over the layers",
+                                   low=0, high=1e6)
+    width: int = _count(64, "hidden width of the velocity network")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is minimised. Evaluation is always the plain cross-entropy."""
+
+    label_smoothing: float = _setting(0.0, "share of the target spread over the vocabulary",
+                                      low=0, below=1)
+    z_weight: float = _setting(0.0, "weight of logsumexp(logits)^2", low=0, high=1e6)
+    backend: str = _setting("auto", "cross_entropy backend", choices=("auto", "full", "chunked"))
+    rectified_flow: RectifiedFlowConfig = _group(RectifiedFlowConfig)
+
+
+@dataclass(frozen=True)
+class EMAConfig:
+    """The running average of the parameters that samples and probes use."""
+
+    decay: float = _setting(0.999, "decay after its warm-up min(decay, (1+t)/(10+t)); 0 = no "
+                            "average", low=0, below=1)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how it is cut."""
+
+    corpus: str = _setting("pydoc", "pydoc, tinyshakespeare, or the path of a UTF-8 text file")
+    tokenizer: str = _setting("bytes", "bytes or characters", choices=("bytes", "characters"))
+    context: int = _count(128, "tokens T per sequence", high=16_777_216)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """The evaluation during and after training."""
+
+    every_steps: int = _count(200, "steps between evaluations; 0 = only at the end", low=0)
+    batch_size: int = _count(32, "windows per evaluation batch, over all devices")
+    max_windows: int = _count(0, "windows per evaluation while training; 0 = the whole split; the "
+                              "one at the end is always whole", low=0)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, and what to keep."""
+
+    every_steps: int = _count(200, "steps between saves; the last step is always saved")
+    keep_latest: int = _count(2, "newest checkpoints kept")
+    keep_best: int = _count(1, "checkpoints with the lowest eval/loss kept", low=0)
+    keep_every_steps: int = _count(0, "also keep every multiple of this step; 0 = none", low=0)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is written while training."""
+
+    every_steps: int = _count(10, "steps between rows of metrics.jsonl and the console")
+    histogram_every_steps: int = _count(200, "steps between histograms of gates; 0 = none", low=0)
+    wandb_project: str = _setting("", "Weights & Biases project; empty = off")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """The text that a run writes as it learns."""
+
+    every_steps: int = _count(0, "steps between samples; 0 = only at the end", low=0)
+    prompt: str = _setting("\n", "what the sample continues")
+    max_new_tokens: int = _count(200, "tokens per sample", low=1, high=1_000_000)
+    temperature: float = _setting(0.8, "0 = the most likely token", low=0, high=1000)
+    top_k: int = _count(40, "sample among the k most likely; 0 = all", low=0)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How devices are arranged, and how parameters lie on them."""
+
+    data: int = _count(-1, "data-parallel size; -1 = all devices the other axes leave", low=-1)
+    fsdp: int = _count(1, "size over which parameters and batch are sharded")
+    tensor: int = _count(1, "size over which matrices are split")
+    sequence: int = _count(1, "size over which the time axis is split", high=1)
+    rules: tuple[tuple[str, str], ...] = _setting(
+        ((r"embedding$|head$", "tensor,fsdp"), (r"(out|down)/kernel$", "tensor,fsdp"),
+         (r"kernel$", "fsdp,tensor")),
+        "(regular expression over the parameter path, mesh axis of each dimension or '-'); the "
+        "first match counts, dimensions that do not divide stay whole, no match = replicated")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One experiment. Built by `load_config`, saved as config.json, frozen."""
+
+    name: str = _setting("run", "name of the run folder under checkpoints/")
+    train: TrainConfig = _group(TrainConfig)
+    optimizer: OptimizerConfig = _group(OptimizerConfig)
+    model: HybridConfig = _group(HybridConfig)
+    loss: LossConfig = _group(LossConfig)
+    ema: EMAConfig = _group(EMAConfig)
+    data: DataConfig = _group(DataConfig)
+    eval: EvalConfig = _group(EvalConfig)
+    checkpoint: CheckpointConfig = _group(CheckpointConfig)
+    log: LogConfig = _group(LogConfig)
+    sample: SampleConfig = _group(SampleConfig)
+    mesh: MeshConfig = _group(MeshConfig)
+
+
+FAMILIES: dict[str, type] = {"hybrid": HybridConfig}
+"""`model.family` -> the class of `Config.model`."""
+
+
+def layer_paths(model: HybridConfig) -> tuple[tuple[str, ...], ...]:
+    """The paths of each layer, in the order of `PATHS`.
+
+    Raises:
+      ConfigError: a layer has no path, or `layer_paths` names an unknown one.
+    """
+    if model.layer_paths and len(model.layer_paths) != model.n_layers:
+        raise ConfigError(f"model.layer_paths has {len(model.layer_paths)} entries for "
+                          f"{model.n_layers} layers", "give one entry per layer, or leave it empty")
+    layers = []
+    for i in range(model.n_layers):
+        wanted = model.layer_paths[i].split("+") if model.layer_paths else model.paths
+        if unknown := set(wanted) - set(PATHS):
+            raise ConfigError(f"model.layer_paths[{i}] names {sorted(unknown)[0]!r}",
+                              f"allowed: {', '.join(PATHS)}, joined by '+'")
+        paths = tuple(p for p in PATHS
+                      if p in wanted and not (p == "ssm" and i < model.ssm.first_layer))
+        if not paths:
+            raise ConfigError(f"layer {i} has no path", "add one to model.paths, or lower "
+                              "model.ssm.first_layer")
+        layers.append(paths)
+    return tuple(layers)
+
+
+def depth(model: HybridConfig, layer: int) -> int:
+    """Retrieval steps K of a layer: the schedule's entry, whose last number repeats."""
+    schedule = model.hopfield.depth_schedule
+    return schedule[min(layer, len(schedule) - 1)]
+
+
+def check_together(config: Config) -> Config:
+    """Checks what no single field can be checked for; returns the same config.
+
+    Raises:
+      ConfigError: with the fields and the numbers that do not fit.
+    """
+    train, model = config.train, config.model
+
+    def divides(name: str, size: int, by_name: str, by: int) -> None:
+        if size % by:
+            near = max(by, size - size % by)
+            raise ConfigError(f"{name} = {size} is not a multiple of {by_name} = {by}",
+                              f"the nearest multiple is {near}")
+
+    if not config.name or config.name in (".", "..") or set(config.name) & set("/\\\0"):
+        raise ConfigError(f"name is {config.name!r}", "use a plain folder name")
+    divides("train.batch_size", train.batch_size,
+            "train.grad_accumulation", train.grad_accumulation)
+    divides("model.d_model", model.d_model, "model.n_heads", model.n_heads)
+    if not model.paths or len(set(model.paths)) != len(model.paths):
+        raise ConfigError(f"model.paths is {model.paths}", f"name each of {', '.join(PATHS)} once")
+    used = {path for paths in layer_paths(model) for path in paths}
+    if "attention" in used and model.attention.n_kv_heads:
+        divides("model.n_heads", model.n_heads, "model.attention.n_kv_heads",
+                model.attention.n_kv_heads)
+    rotary = ("attention" in used and model.position == "rope") or (
+        "hopfield" in used and model.hopfield.rope)
+    if rotary and model.d_model // model.n_heads % 2:
+        raise ConfigError(f"rotary positions need an even head width, not model.d_model / "
+                          f"model.n_heads = {model.d_model // model.n_heads}",
+                          "change model.n_heads, or take model.position=learned")
+    if "ssm" in used:
+        inner = model.ssm.expansion * model.d_model
+        if not math.isclose(inner, round(inner)):
+            raise ConfigError(f"model.ssm.expansion * model.d_model = {inner:g} is not whole",
+                              "choose an expansion such as 1, 1.5 or 2")
+        divides("model.ssm.expansion * model.d_model", round(inner), "model.n_heads", model.n_heads)
+    if not model.hopfield.depth_schedule:
+        raise ConfigError("model.hopfield.depth_schedule is empty", "give at least one number")
+    if model.segments.train > 1 and model.segments.eval < model.segments.train:
+        raise ConfigError(f"model.segments.eval = {model.segments.eval} is less than "
+                          f"model.segments.train = {model.segments.train}",
+                          "evaluation needs at least the passes of training")
+    if not model.segments.weights or model.segments.weights[-1] <= 0:
+        raise ConfigError("the last of model.segments.weights must be above 0",
+                          "the last pass is the one that predicts")
+    if config.loss.rectified_flow.segment_weight and model.segments.train < 2:
+        raise ConfigError("loss.rectified_flow.segment_weight needs model.segments.train of at "
+                          "least 2", "it is the flow from the first pass to the last")
+    if model.position == "learned" and 0 < model.max_length < config.data.context:
+        raise ConfigError(f"model.max_length = {model.max_length} is less than data.context = "
+                          f"{config.data.context}", "learned positions need a row per token")
+    return config

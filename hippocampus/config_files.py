@@ -1,0 +1,310 @@
+"""Config files, overrides and config.json: every way in and out of `hippocampus.config.Config`.
+
+A config file is Python with `get_config(arg="")` returning an `ml_collections.ConfigDict` that
+starts from `defaults(family)`; `configs/x.py:arg` passes the argument. It is code and is executed:
+take it only from people you trust. A config.json is data and is only ever parsed.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import json
+import math
+import re
+import traceback
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from hippocampus.config import FAMILIES, Config, check_together
+from hippocampus.errors import ConfigError, DataError, HippocampusError
+
+FORMAT = 1
+"""Version of config.json; an older one is migrated, a newer one refused."""
+
+
+def defaults(family: str = "hybrid") -> ConfigDict:
+    """The default config of a model family, locked: every field is there, none can be invented."""
+    if family not in FAMILIES:
+        raise ConfigError(f"model.family is {family!r}", _did_you_mean(family, FAMILIES))
+    values = dataclasses.asdict(Config(model=FAMILIES[family]()))
+    return ConfigDict(values).lock()
+
+
+def load_config(source: str | Path | ConfigDict,
+                overrides: Mapping[str, Any] | None = None) -> Config:
+    """Reads a config file, applies overrides and checks the whole.
+
+    Args:
+      source: `"configs/x.py"`, `"configs/x.py:arg"`, or a ConfigDict.
+      overrides: dotted field name -> value; a string is read as the field's type.
+
+    Returns:
+      The frozen config; "auto" fields are still to be resolved (hippocampus.devices.resolve).
+
+    Raises:
+      ConfigError: naming the field, what it may be, and the nearest field's name.
+    """
+    if isinstance(source, ConfigDict):
+        values, name = source.to_dict(), ""
+    else:
+        values, name = _run_config_file(str(source))
+    if name and values.get("name") == Config.name:
+        values["name"] = name
+    for field, value in (overrides or {}).items():
+        _override(values, field, value)
+    return from_dict(values)
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """The checked config of a plain nested mapping (a ConfigDict's, or config.json's)."""
+    model = values.get("model")
+    family = model.get("family", "hybrid") if isinstance(model, Mapping) else "hybrid"
+    if family not in FAMILIES:
+        raise ConfigError(f"model.family is {family!r}", _did_you_mean(str(family), FAMILIES))
+    return check_together(_build(Config, values, "", {"model": FAMILIES[family]}))
+
+
+def fields(config: Config) -> dict[str, Any]:
+    """Every leaf field by its dotted name, such as `{"train.steps": 1000, …}`."""
+    return dict(_leaves(dataclasses.asdict(config)))
+
+
+def to_json(config: Config, automatic: Sequence[str] = ()) -> str:
+    """config.json: the resolved values, and the names of the fields that were "auto"."""
+    content = {"format": FORMAT, "automatic": sorted(automatic), **dataclasses.asdict(config)}
+    return json.dumps(content, indent=2) + "\n"
+
+
+def read_json(path: Path) -> tuple[Config, tuple[str, ...]]:
+    """Reads what `to_json` wrote: the config, and the names of its automatic fields.
+
+    Raises:
+      DataError: missing, not JSON, or of a newer format.
+      ConfigError: a field that this version does not know or allow.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}", "is this a run folder?") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else None
+        raise DataError(f"{path} has format {found}; this version reads {FORMAT}",
+                        "install the version of hippocampus that wrote it")
+    del content["format"]
+    return from_dict(content), tuple(content.pop("automatic", ()))
+
+
+# ---------------------------------------------------------------- one value, checked
+
+def check_value(field: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> Any:
+    """The value as the field's type, or a ConfigError saying what the field may be."""
+    if typing.get_origin(kind) is tuple:
+        return _check_tuple(field, value, kind, limits)
+    allowed = _allowed(kind, limits)
+    # bool is an int to Python; a config that says True for 1 is a mistake.
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is float:
+        good = is_number and math.isfinite(value)
+    elif kind is int:
+        good = is_number and isinstance(value, int)
+    else:
+        good = isinstance(value, kind)
+    if not good or not _within(value, limits):
+        hint = ""
+        if limits.get("choices") and isinstance(value, str):
+            hint = _did_you_mean(value, limits["choices"])
+        raise ConfigError(f"{field} is {value!r}; it must be {allowed}", hint)
+    return float(value) if kind is float else value
+
+
+def parse_value(field: str, text: str, kind: Any) -> Any:
+    """Reads the text of an override as the field's type (checks of ranges come after)."""
+    if kind is str:
+        return text
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    try:
+        if typing.get_origin(kind) is tuple:
+            return _parse_tuple(text, typing.get_args(kind)[0])
+        return kind(text)
+    except (ValueError, SyntaxError):
+        return text  # not of the type: check_value refuses it with the right words
+
+
+def _parse_tuple(text: str, item: Any) -> tuple:
+    text = text.strip()
+    if text.startswith(("(", "[")):
+        value = ast.literal_eval(text)
+        return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    items = [part.strip() for part in text.split(",") if part.strip()]
+    return tuple(part if item is str else item(part) for part in items)
+
+
+def _check_tuple(field: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> tuple:
+    items = typing.get_args(kind)
+    if not isinstance(value, (tuple, list)):
+        raise ConfigError(f"{field} is {value!r}; it must be a tuple, such as (1, 2)")
+    if items[-1] is not Ellipsis and len(value) != len(items):
+        raise ConfigError(f"{field} has {len(value)} entries; it must have {len(items)}")
+    kinds = [items[0]] * len(value) if items[-1] is Ellipsis else items
+    checked = tuple(check_value(f"{field}[{i}]", v, k, limits)
+                    for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
+    if any(word in field for word in ("no_decay", "rules")):
+        for entry in checked:
+            _check_pattern(field, entry)
+    return checked
+
+
+def _check_pattern(field: str, pattern: Any) -> None:
+    if isinstance(pattern, str):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"{field}: {pattern!r} is not a regular expression: "
+                              f"{error}") from None
+
+
+def _within(value: Any, limits: Mapping[str, Any]) -> bool:
+    low, high, above, below = (limits.get(k) for k in ("low", "high", "above", "below"))
+    if limits.get("choices"):
+        return value in limits["choices"]
+    return ((low is None or value >= low) and (high is None or value <= high)
+            and (above is None or value > above) and (below is None or value < below))
+
+
+def _allowed(kind: Any, limits: Mapping[str, Any]) -> str:
+    if limits.get("choices"):
+        return "one of " + ", ".join(limits["choices"])
+    name = {int: "an integer", float: "a finite number", bool: "True or False", str: "a string"}
+    words = {"low": "at least", "above": "above", "high": "at most", "below": "below"}
+    bounds = [f"{word} {limits[k]:g}" if abs(limits[k]) < 1e6 else f"{word} {limits[k]:,}"
+              for k, word in words.items() if limits.get(k) is not None]
+    return " ".join([name[kind], " and ".join(bounds)]).strip()
+
+
+# ---------------------------------------------------------------- nested mappings
+
+def _build(cls: type, values: Any, prefix: str, groups: Mapping[str, type]) -> Any:
+    """The dataclass `cls` of a mapping, every key known and every value checked."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{prefix.rstrip('.')} is {values!r}; it must be a group of fields")
+    kinds = typing.get_type_hints(cls)
+    arguments = {}
+    for key, value in values.items():
+        if key == "automatic" and not prefix:
+            continue
+        if key not in kinds:
+            raise ConfigError(f"{prefix}{key} is not a field", _nearest_field(f"{prefix}{key}"))
+        kind = groups.get(key, kinds[key])
+        if dataclasses.is_dataclass(kind):
+            arguments[key] = _build(typing.cast(type, kind), value, f"{prefix}{key}.", {})
+        else:
+            limits = cls.__dataclass_fields__[key].metadata  # type: ignore[attr-defined]
+            arguments[key] = check_value(f"{prefix}{key}", value, kind, limits)
+    return cls(**arguments)
+
+
+def _override(values: dict, field: str, value: Any) -> None:
+    """Sets `values["a"]["b"]` for the field "a.b"; the field must exist."""
+    *groups, last = field.split(".")
+    cls: Any = Config
+    for group in groups:
+        kind = typing.get_type_hints(cls).get(group) if dataclasses.is_dataclass(cls) else None
+        if kind is None:
+            raise ConfigError(f"{field} is not a field", _nearest_field(field))
+        cls = FAMILIES.get(values["model"]["family"]) if group == "model" else kind
+        values = values[group]
+        if group == "model" and cls is None:
+            raise ConfigError(f"model.family is {values['family']!r}",
+                              _did_you_mean(str(values["family"]), FAMILIES))
+    kind = typing.get_type_hints(cls).get(last) if dataclasses.is_dataclass(cls) else None
+    if kind is None:
+        raise ConfigError(f"{field} is not a field", _nearest_field(field))
+    if dataclasses.is_dataclass(kind):
+        raise ConfigError(f"{field} is a group of fields", f"set one of them, such as {field}."
+                          f"{dataclasses.fields(kind)[0].name}")
+    values[last] = parse_value(field, value, kind) if isinstance(value, str) else value
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _nearest_field(field: str) -> str:
+    known = [name for family in FAMILIES.values()
+             for name in fields(Config(model=family()))]
+    same_leaf = [name for name in known if name.split(".")[-1] == field.split(".")[-1]]
+    close = difflib.get_close_matches(field, known, n=1, cutoff=0.6) or same_leaf[:1] or [
+        name for name in known
+        if difflib.get_close_matches(field.split(".")[-1], [name.split(".")[-1]], cutoff=0.75)][:1]
+    return f"did you mean {close[0]}?" if close else "hippocampus/config.py lists every field"
+
+
+def _did_you_mean(word: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+
+
+# ---------------------------------------------------------------- config files
+
+def _run_config_file(source: str) -> tuple[dict, str]:
+    """Executes a config file; returns its values and the run name that goes with its argument."""
+    path_text, _, argument = source.partition(".py:")
+    path = Path(path_text + ".py" if argument else source)
+    if path.suffix != ".py" or not path.is_file():
+        raise ConfigError(f"no config file at {path}", _nearest_file(path))
+    module = types.ModuleType(path.stem)
+    module.__file__ = str(path)
+    try:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        spec.loader.exec_module(module)
+        get_config = getattr(module, "get_config", None)
+        if get_config is None:
+            raise ConfigError(f"{path} has no get_config()", "see configs/quickstart.py")
+        if argument and not inspect.signature(get_config).parameters:
+            raise ConfigError(f"{path} takes no argument, got {argument!r}")
+        config = get_config(argument) if argument else get_config()
+    except HippocampusError:
+        raise
+    except Exception as error:
+        raise _config_file_error(path, error) from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"{path}: get_config() returned {type(config).__name__}",
+                          "it must return the ConfigDict of defaults()")
+    return config.to_dict(), f"{path.stem}-{argument}" if argument else path.stem
+
+
+def _config_file_error(path: Path, error: Exception) -> ConfigError:
+    """One line for whatever a config file raised: the line it stands on, and its first sentence."""
+    own = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    line = own[-1] if own else getattr(error, "lineno", None)
+    text = str(error.args[0] if error.args else error).strip().splitlines() or [""]
+    unknown = re.search(r'Key "(\w+)" does not exist', text[0])
+    if unknown:
+        text, hint = [f"{unknown[1]} is not a field"], _nearest_field(unknown[1])
+    else:
+        hint = ""
+    return ConfigError(f"{path}:{line}: {type(error).__name__}: {text[0]}", hint)
+
+
+def _nearest_file(path: Path) -> str:
+    folder = path.parent if path.parent.is_dir() else Path("configs")
+    there = sorted(p.name for p in folder.glob("*.py")) if folder.is_dir() else []
+    close = difflib.get_close_matches(path.name, there, n=1)
+    if close:
+        return f"did you mean {folder / close[0]}?"
+    return f"in {folder}: {', '.join(there)}" if there else "give the path of a .py file"

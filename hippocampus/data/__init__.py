@@ -1,0 +1,1 @@
+"""From a text to batches: corpora, tokenizers, and windows that are a pure function of the step."""

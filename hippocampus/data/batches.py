@@ -1,0 +1,217 @@
+"""Batches of windows over one stream of ids: `Batch`, `ShuffledWindows`, `EvaluationWindows`.
+
+A training batch is a pure function of (seed, step), so that resuming, rolling back and changing
+the number of hosts need nothing but the step. Shuffling therefore keeps no list of what is left:
+`permute` computes where one index goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import flax.struct
+import jax
+import numpy as np
+from jaxtyping import Bool, Float32, Int32, Int64, Integer, UInt64
+
+from hippocampus.errors import DataError
+
+Array = jax.Array | np.ndarray
+
+FEISTEL_ROUNDS = 6
+MIN_HALF_BITS = 2  # a network on fewer than 16 points reaches few of their permutations
+
+
+class Batch(flax.struct.PyTreeNode):
+    """What a model is trained or evaluated on in one step.
+
+    Attributes:
+        tokens_BT: ids read.
+        targets_BT: the id after each of them, to be predicted.
+        loss_weight_BT: how much each prediction counts; 0 for padding.
+        document_ids_BT: which document a token belongs to, 0 for padding; None: every row is one
+            document.
+        positions_BT: place of a token in its document; None: 0 .. T-1 in every row.
+        reset_B: whether a row starts afresh rather than continues the row of the batch before;
+            None: every row does.
+    """
+
+    tokens_BT: Int32[Array, "B T"]
+    targets_BT: Int32[Array, "B T"]
+    loss_weight_BT: Float32[Array, "B T"]
+    document_ids_BT: Int32[Array, "B T"] | None = None
+    positions_BT: Int32[Array, "B T"] | None = None
+    reset_B: Bool[Array, " B"] | None = None
+
+
+def permute(
+    index: Integer[np.ndarray, "*shape"], size: int, key: UInt64[np.ndarray, "*shape"] | int
+) -> Int64[np.ndarray, "*shape"]:
+    """Send indices through a keyed pseudo-random permutation of 0 .. size-1, in O(1) memory.
+
+    A Feistel network permutes the smallest square power-of-two domain that holds `size`; an
+    output beyond `size` goes through again until it falls inside ("cycle walking"), which
+    restricts the permutation to the first `size` points. From 5 points on that takes fewer than
+    four passes on average.
+
+    Args:
+        index: integers in [0, size), of any shape.
+        size: how many points are permuted, at most 2**62.
+        key: which permutation, in [0, 2**64): one for all indices or one for each.
+
+    Returns:
+        The image of each index, in the broadcast shape of `index` and `key`.
+
+    Raises:
+        ValueError: an index is outside [0, size).
+
+    Source:
+        Black & Rogaway, "Ciphers with Arbitrary Finite Domains" (CT-RSA 2002): the cycle-walking
+        cipher over a Feistel network.
+    """
+    index = np.asarray(index)
+    if ((index < 0) | (index >= size)).any():  # such a walk might never come back inside
+        raise ValueError(f"indices must be at least 0 and below {size}")
+    half = np.uint64(max(MIN_HALF_BITS, ((size - 1).bit_length() + 1) // 2))
+    index, key = np.broadcast_arrays(index.astype(np.uint64), np.asarray(key, np.uint64))
+    image, keys = _feistel(index.ravel(), key.ravel(), half), key.ravel()
+    while (outside := np.flatnonzero(image >= size)).size:
+        image[outside] = _feistel(image[outside], keys[outside], half)
+    return image.astype(np.int64).reshape(index.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class ShuffledWindows:
+    """An endless shuffled stream of windows, cut into batches by step number.
+
+    Sequence n of the stream is row n % batch_size of step n // batch_size. Every epoch cuts the
+    ids into disjoint windows from an offset of its own and visits each window once, in an order
+    of its own; a batch may straddle two epochs.
+
+    Attributes:
+        ids: the token ids, one dimension, any integer type; may be a memory map.
+        context: T, tokens in a window.
+        batch_size: B, rows in a batch.
+        seed: which stream.
+    """
+
+    ids: Integer[np.ndarray, " n"]
+    context: int
+    batch_size: int
+    seed: int
+
+    def __post_init__(self):
+        if self.windows_per_epoch < 1:
+            raise DataError(
+                f"the training text has {len(self.ids)} tokens, and windows of {self.context} "
+                f"need at least {2 * self.context}",
+                "use a longer text or a smaller --config.data.context",
+            )
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """Windows in every epoch: as many as fit after the largest offset, context - 1.
+
+        The last token of a window has its target too, so k windows take k * context + 1 ids.
+        """
+        return (len(self.ids) - self.context) // self.context
+
+    def batch(self, step: int, rows: slice | None = None) -> Batch:
+        """Return the batch of one step; the same one whenever it is asked for.
+
+        Args:
+            step: number of the step, from 0.
+            rows: which rows of it, for a host that feeds only some; None: all.
+
+        Returns:
+            A batch of numpy arrays, [rows, context], every prediction with weight 1.
+        """
+        row = np.arange(self.batch_size)[rows or slice(None)]
+        epoch, index = np.divmod(step * self.batch_size + row, self.windows_per_epoch)
+        key = _mix(_mix(np.uint64(self.seed % 2**64)) ^ epoch.astype(np.uint64))
+        offset = (_mix(key) % np.uint64(self.context)).astype(np.int64)
+        start = offset + permute(index, self.windows_per_epoch, key) * self.context
+        window = self.ids[start[:, None] + np.arange(self.context + 1)].astype(np.int32)
+        return Batch(
+            tokens_BT=window[:, :-1],
+            targets_BT=window[:, 1:],
+            loss_weight_BT=np.ones((len(row), self.context), np.float32),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationWindows:
+    """The disjoint windows of a text in order, predicting every id but the first exactly once.
+
+    The last window and the last batch are filled up with predictions of weight 0, so that every
+    batch has the same shape.
+
+    Attributes:
+        ids: the token ids, one dimension, any integer type; may be a memory map.
+        context: T, tokens in a window.
+        batch_size: B, rows in a batch.
+        max_windows: at most so many windows, evenly spaced over the text; 0: all of them.
+    """
+
+    ids: Integer[np.ndarray, " n"]
+    context: int
+    batch_size: int
+    max_windows: int = 0
+
+    def __post_init__(self):
+        if len(self.ids) < 2:
+            raise DataError(
+                f"the validation text has {len(self.ids)} tokens, and a prediction needs 2",
+                "use a longer text",
+            )
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return -(-len(self._starts) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches, numpy arrays [batch_size, context]."""
+        for first in range(0, len(self._starts), self.batch_size):
+            yield self._batch(self._starts[first : first + self.batch_size])
+
+    @property
+    def n_targets(self) -> int:
+        """Predictions with weight 1 in all batches together."""
+        return int(np.minimum(self.context, len(self.ids) - 1 - self._starts).sum())
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        windows = -(-(len(self.ids) - 1) // self.context)
+        kept = min(self.max_windows or windows, windows)
+        return np.arange(kept) * windows // kept * self.context
+
+    def _batch(self, starts: np.ndarray) -> Batch:
+        shape = (self.batch_size, self.context)
+        tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        weight = np.zeros(shape, np.float32)
+        for row, start in enumerate(starts):
+            window = self.ids[start : start + self.context + 1]
+            n = len(window) - 1
+            tokens[row, :n], targets[row, :n], weight[row, :n] = window[:-1], window[1:], 1
+        return Batch(tokens_BT=tokens, targets_BT=targets, loss_weight_BT=weight)
+
+
+def _feistel(x: np.ndarray, key: np.ndarray, half: np.uint64) -> np.ndarray:
+    """Permute the 2**(2 * half) integers; invertible because each round only adds to one half."""
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left, right = x >> half, x & mask
+    for _ in range(FEISTEL_ROUNDS):
+        key = _mix(key)
+        left, right = right, left ^ (_mix(key ^ right) & mask)
+    return (left << half) | right
+
+
+def _mix(x: np.ndarray | np.uint64) -> np.ndarray:
+    """Scramble 64 bits, one to one (the splitmix64 generator; Steele, Lea & Flood, 2014)."""
+    with np.errstate(over="ignore"):  # numpy warns of the wanted wrap-around for scalars only
+        z = np.asarray(x, np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))

@@ -1,0 +1,117 @@
+"""What each kind of device does best: the one place where a config's "auto" is decided."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+
+import jax
+
+from hippocampus.config import Config
+from hippocampus.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Device:
+    """A kind of device, as JAX names it.
+
+    `compute_capability` is NVIDIA's (7.5 for a T4, 9.0 for an H100); 0 elsewhere.
+    """
+
+    platform: str
+    kind: str = ""
+    compute_capability: float = 0.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What "auto" becomes on a device, and its dense peak in that dtype in FLOP/s (0: unknown)."""
+
+    compute_dtype: str
+    attention: str
+    scan: str
+    peak_flops: float = 0.0
+
+
+# First match counts: (platform, pattern of the kind, least compute capability) -> choice.
+# bfloat16 is 2.4-3.2 times slower than float32 on CPUs; a T4 has no fast bfloat16 and no fused
+# attention, and float16 would need loss scaling. Peaks are the vendors' dense figures per JAX
+# device (a v2/v3 device is one core of a chip).
+_TABLE: tuple[tuple[str, str, float, Choice], ...] = (
+    ("tpu", r"v2", 0, Choice("bfloat16", "xla", "associative", 22.5e12)),
+    ("tpu", r"v3", 0, Choice("bfloat16", "xla", "associative", 61.5e12)),
+    ("tpu", r"v4", 0, Choice("bfloat16", "xla", "associative", 275e12)),
+    ("tpu", r"v5 ?lite|v5e", 0, Choice("bfloat16", "xla", "associative", 197e12)),
+    ("tpu", r"v5", 0, Choice("bfloat16", "xla", "associative", 459e12)),
+    ("tpu", r"v6", 0, Choice("bfloat16", "xla", "associative", 918e12)),
+    ("tpu", r"", 0, Choice("bfloat16", "xla", "associative")),
+    ("gpu", r"H100|H200|H800|GH200", 9.0, Choice("bfloat16", "cudnn", "associative", 989e12)),
+    ("gpu", r"A100|A800", 8.0, Choice("bfloat16", "cudnn", "associative", 312e12)),
+    ("gpu", r"L4\b", 8.0, Choice("bfloat16", "cudnn", "associative", 121e12)),
+    ("gpu", r"", 8.0, Choice("bfloat16", "cudnn", "associative")),
+    ("gpu", r"T4", 0, Choice("float32", "xla", "associative", 8.1e12)),
+    ("gpu", r"", 0, Choice("float32", "xla", "associative")),
+    ("cpu", r"", 0, Choice("float32", "xla", "chunked")),
+)
+
+
+def choose(device: Device) -> Choice:
+    """The row of the table for a device; an unknown platform gets the CPU's portable choices."""
+    for platform, kind, capability, choice in _TABLE:
+        if (platform == device.platform and device.compute_capability >= capability
+                and re.search(kind, device.kind, re.IGNORECASE)):
+            return choice
+    return _TABLE[-1][-1]
+
+
+def this_device() -> Device:
+    """The kind of the first device that JAX sees."""
+    device = jax.devices()[0]
+    platform = "gpu" if device.platform in ("gpu", "cuda", "rocm") else device.platform
+    capability = float(getattr(device, "compute_capability", 0) or 0) if platform == "gpu" else 0.0
+    return Device(platform, device.device_kind, capability)
+
+
+def resolve(config: Config, device: Device | None = None,
+            automatic: tuple[str, ...] = ()) -> tuple[Config, tuple[str, ...]]:
+    """Replaces every "auto" by what suits the device.
+
+    Args:
+      config: a checked config.
+      device: default: `this_device()`.
+      automatic: fields that a saved config had resolved elsewhere; they are decided anew.
+
+    Returns:
+      The resolved config, and the dotted names of the fields that were decided.
+
+    Raises:
+      ConfigError: a backend was asked for that the device does not have.
+    """
+    device = device or this_device()
+    choice = choose(device)
+    model = config.model
+    values = {
+        "model.compute_dtype": (model.compute_dtype, choice.compute_dtype),
+        "model.attention.backend": (model.attention.backend, choice.attention),
+        "model.ssm.backend": (model.ssm.backend, choice.scan),
+        "loss.backend": (config.loss.backend, _loss_backend(model.vocab_size)),
+    }
+    decided = tuple(name for name, (asked, _) in values.items()
+                    if asked == "auto" or name in automatic)
+    final = {name: best if name in decided else asked for name, (asked, best) in values.items()}
+    if final["model.attention.backend"] == "cudnn" and choice.attention != "cudnn":
+        raise ConfigError(f"model.attention.backend is cudnn on {device.kind or device.platform}",
+                          "cuDNN attention needs an NVIDIA GPU from Ampere on; use auto or xla")
+    model = dataclasses.replace(
+        model, compute_dtype=final["model.compute_dtype"],
+        attention=dataclasses.replace(model.attention, backend=final["model.attention.backend"]),
+        ssm=dataclasses.replace(model.ssm, backend=final["model.ssm.backend"]),
+        max_length=model.max_length or config.data.context)
+    loss = dataclasses.replace(config.loss, backend=final["loss.backend"])
+    return dataclasses.replace(config, model=model, loss=loss), decided
+
+
+def _loss_backend(vocab_size: int) -> str:
+    """Whole logits are the fastest while they are small; a word vocabulary would not fit."""
+    return "full" if vocab_size <= 8192 else "chunked"

@@ -1,0 +1,1 @@
+"""What a number is compared with, and how it is measured."""

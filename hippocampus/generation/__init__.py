@@ -1,0 +1,1 @@
+"""From a trained model to text: sampling, and the facade that users hold."""

@@ -1,0 +1,105 @@
+"""MoRHopfield: K steps of associative retrieval, and a gate per token over how deep to go.
+
+    xi^0 = q,   xi^j = (1 - alpha) xi^{j-1} + alpha softmax(beta xi^{j-1} K^T) K,   j = 1..K
+    y    = (sum_j g_j xi^j) W_o,   g = softmax(u W_g) over the depths, per token
+
+Queries and keys are normalised per head; beta is learned per head. Patterns K are the causal
+context (keys s <= t of the document), learned slots, or both. The readout is linear in the
+retrieved keys (the paper's W_K W_V, with W_V folded into W_o), so that each step descends an
+energy and a decoder caches keys only. One step of alpha = 1 over the context is attention with
+keys as values. "Mixture of recursions" names the depth gate: it saves no compute in training.
+
+Source: Ramsauer et al. 2020 (arXiv:2008.02217); Bae et al. 2025 (arXiv:2507.10524) for depth
+chosen per token.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from hippocampus.config import HopfieldConfig
+from hippocampus.layers.edits import Edit, no_edit
+from hippocampus.layers.norms import rms_normalize, unit_normalize
+from hippocampus.ops import hopfield
+from hippocampus.ops.rotary import rotate
+
+
+class MoRHopfield(nn.Module):
+    """The associative-memory path; see the module's docstring for the maths."""
+
+    config: HopfieldConfig
+    n_heads: int
+    depth: int
+    rope_theta: float = 10_000.0
+    backend: str = "xla"
+    dtype: jnp.dtype = jnp.float32
+    edit: Edit = no_edit
+
+    @nn.compact
+    def __call__(
+        self, u_BTD: Float[Array, "B T D"], document_ids_BT: Int[Array, "B T"] | None,
+        positions_BT: Int[Array, "B T"],
+    ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
+        """Retrieves for every token of a sequence.
+
+        Args:
+          u_BTD: normalised inputs.
+          document_ids_BT: document of each token; None = one a row.
+          positions_BT: position of each token in its document (used with `rope`).
+
+        Returns:
+          y_BTD, and `out`: "query", "key" and "step1".."stepK" (B,T,H,d), "depth_gates" (B,T,K),
+          "energy" (K+1,B,T,H: of the query and after each step), "effective_patterns" and
+          "n_patterns" (B,T,H: how many patterns the last step mixed, and could), "beta" (H), and
+          "out".
+        """
+        (B, T, D), H, cfg = u_BTD.shape, self.n_heads, self.config
+        d = D // H
+        unit = cfg.normalize == "l2"
+        normalize = unit_normalize if unit else rms_normalize
+
+        def project(name: str) -> Array:
+            x = nn.Dense(D, use_bias=False, dtype=self.dtype, name=name)(u_BTD)
+            x = normalize(x.reshape(B, T, H, d)).astype(self.dtype)
+            x = rotate(x, positions_BT, self.rope_theta) if cfg.rope else x
+            return self.edit(name, x)
+
+        out = {"query": project("query")}
+        keys = slots = None
+        if cfg.patterns != "slots":
+            keys = out["key"] = project("key")
+        if cfg.patterns != "context":
+            slots = normalize(self.param("slots", nn.initializers.normal(1.0), (cfg.n_slots, H, d)))
+        first_beta = d**0.5 if unit else d**-0.5
+        log_beta_H = self.param("log_beta", nn.initializers.constant(jnp.log(first_beta)), (H,))
+        out["beta"] = beta_H = jnp.exp(log_beta_H)
+
+        xi, states = out["query"], []
+        for j in range(1, self.depth + 1):
+            xi = hopfield.retrieve(xi, keys, slots, beta_H, alpha=cfg.step_size,
+                                   document_ids=document_ids_BT, backend=self.backend)
+            out[f"step{j}"] = xi = self.edit(f"step{j}", xi)
+            states.append(xi)
+        gates_BTK = nn.Dense(self.depth, dtype=self.dtype, kernel_init=nn.initializers.zeros,
+                             name="depth_gate")(u_BTD)
+        gates_BTK = self.edit("depth_gates", jax.nn.softmax(gates_BTK.astype(jnp.float32), -1))
+        out["depth_gates"] = gates_BTK
+        mixed = sum(gates_BTK[..., j, None, None] * states[j].astype(jnp.float32)
+                    for j in range(self.depth))
+        y_BTD = nn.Dense(D, use_bias=False, dtype=self.dtype, name="out")(
+            jnp.reshape(mixed, (B, T, D)).astype(self.dtype))
+        out["out"] = y_BTD = self.edit("out", y_BTD)
+        out.update(self._diagnostics([out["query"], *states], keys, slots, beta_H, document_ids_BT))
+        return y_BTD, out
+
+    def _diagnostics(self, states: list[Array], keys: Array | None, slots: Array | None,
+                     beta_H: Array, document_ids_BT: Array | None) -> dict[str, Array]:
+        """Costs T^2 memory where it is read, and nothing where it is not."""
+        memory = (keys, slots, beta_H, document_ids_BT)
+        before_last = states[-2]
+        effective, n_patterns = hopfield.effective_patterns(before_last, *memory)
+        return {"energy": jnp.stack([hopfield.energy(xi, *memory) for xi in states]),
+                "effective_patterns": effective, "n_patterns": n_patterns}

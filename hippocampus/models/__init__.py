@@ -1,0 +1,1 @@
+"""Language models built from `layers/`: one file a family, and `build_model` to choose."""

@@ -1,0 +1,46 @@
+"""From a config to a model: the one line per family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hippocampus.config import Config
+from hippocampus.devices import resolve
+from hippocampus.models.hybrid_lm import HybridLM
+
+FAMILIES = {"hybrid": lambda config: HybridLM(config.model, _flow_width(config))}
+
+
+def build_model(config: Config) -> HybridLM:
+    """The Flax module of a config; reads no data and no weights.
+
+    Args:
+      config: from `load_config`; fields that are still "auto" are resolved for this device.
+
+    Raises:
+      ConfigError: a backend that this device does not have.
+    """
+    config, _ = resolve(config)
+    return FAMILIES[config.model.family](config)
+
+
+def parameter_shapes(model: HybridLM) -> Any:
+    """The parameter tree as `jax.ShapeDtypeStruct`s; nothing is computed."""
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+
+
+def count_parameters(model: HybridLM) -> int:
+    """Parameters of the model; the padding of its tables does not count."""
+    total = sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(model)))
+    head = model.head(parameter_shapes(model)).weight_VD
+    tables = 1 if model.config.tie_embeddings else 2
+    return total - tables * (head.shape[0] - model.config.vocab_size) * head.shape[1]
+
+
+def _flow_width(config: Config) -> int:
+    flow = config.loss.rectified_flow
+    return flow.width if flow.segment_weight else 0

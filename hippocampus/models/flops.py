@@ -1,0 +1,51 @@
+"""Floating-point operations of a training step, counted from the config.
+
+Model FLOPs utilisation (MFU) here = `training_flops_per_token` * tokens per second / (devices *
+dense peak in the compute dtype). A multiply-add counts 2. Counted are matrix products and
+attention scores over the causal half; not counted are elementwise work, scans, and anything
+rematerialisation does twice. A pass without gradient counts its forward only.
+"""
+
+from __future__ import annotations
+
+from hippocampus.config import PATHS, Config, HybridConfig
+from hippocampus.layers.mlp import mlp_width
+from hippocampus.models.hybrid_block import BlockSpec, block_specs
+from hippocampus.models.hybrid_lm import padded_vocabulary
+
+
+def training_flops_per_token(config: Config) -> float:
+    """FLOPs per token of forward and backward over all segments, at the training context."""
+    model, segments = config.model, config.model.segments
+    R = segments.train
+    layers = sum(_block(model, spec, config.data.context) for spec in block_specs(model))
+    head = 2.0 * padded_vocabulary(model.vocab_size) * model.d_model
+    controller = 2.0 * segments.controller_width * (
+        model.d_model + model.n_layers * len(PATHS)) if R > 1 else 0.0
+    supervised = sum(1 for w in segments.weights[-R:] if w)
+    # With "stop", gradients reach an earlier pass only through its own loss.
+    differentiated = R if segments.gradient == "full" else supervised
+    return (layers * (R + 2 * differentiated) + 3 * head * supervised
+            + 3 * controller * (R - 1))
+
+
+def _block(model: HybridConfig, spec: BlockSpec, context: int) -> float:
+    """Forward FLOPs per token of one block."""
+    D, seen = model.d_model, (context + 1) / 2
+    total = 2.0 * D * model.mixer.width + 2.0 * model.mixer.width * len(spec.paths)
+    matrices = 3 if model.mlp.kind == "swiglu" else 2
+    total += 2.0 * matrices * D * mlp_width(model.mlp, D)
+    if "ssm" in spec.paths:
+        E = model.ssm.expansion * D
+        total += 2 * 3 * D * E + 2 * model.ssm.d_conv * E
+        total += 4 * E * E / model.n_heads if model.ssm.kind == "gated" else 0
+    if "hopfield" in spec.paths:
+        patterns = (seen if model.hopfield.patterns != "slots" else 0) + (
+            model.hopfield.n_slots if model.hopfield.patterns != "context" else 0)
+        projections = 3 if model.hopfield.patterns != "slots" else 2
+        total += 2.0 * projections * D * D + spec.depth * 4.0 * patterns * D
+    if "attention" in spec.paths:
+        groups = (model.attention.n_kv_heads or model.n_heads) / model.n_heads
+        window = model.attention.window
+        total += 2.0 * D * D * (2 + 2 * groups) + 4.0 * D * (min(seen, window) if window else seen)
+    return total

@@ -1,0 +1,112 @@
+"""HybridBlock: state-space, Hopfield and attention paths side by side, then an MLP.
+
+    u = rms(x);   x = x + mixer(u, {path: path(u)});   x = x + mlp(rms(x))
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from hippocampus.config import PATHS, HybridConfig, depth, layer_paths
+from hippocampus.layers.edits import Edit, no_edit, scoped
+from hippocampus.layers.gated_mixer import GatedMixer
+from hippocampus.layers.mlp import MLP
+from hippocampus.layers.modern_ssm import ModernSSM
+from hippocampus.layers.mor_hopfield import MoRHopfield
+from hippocampus.layers.norms import RMSNorm
+from hippocampus.layers.self_attention import SelfAttention
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """What differs between the blocks of a stack; equal specs can be compiled once."""
+
+    paths: tuple[str, ...]
+    depth: int
+    first_shares: tuple[float, ...]
+
+
+def block_specs(config: HybridConfig) -> tuple[BlockSpec, ...]:
+    """The spec of every layer."""
+    specs = []
+    for i, paths in enumerate(layer_paths(config)):
+        dominant = 0 <= config.ssm.dominant_from_layer <= i
+        shares = tuple(1 / len(paths) for _ in paths)
+        if dominant and "ssm" in paths and len(paths) > 1:
+            rest = (1 - config.ssm.dominance) / (len(paths) - 1)
+            shares = tuple(config.ssm.dominance if p == "ssm" else rest for p in paths)
+        # Layers without retrieval are alike whatever the schedule says of them.
+        specs.append(BlockSpec(paths, depth(config, i) if "hopfield" in paths else 0, shares))
+    return tuple(specs)
+
+
+class HybridBlock(nn.Module):
+    """One layer of the hybrid."""
+
+    config: HybridConfig
+    spec: BlockSpec
+    dtype: jnp.dtype = jnp.float32
+    edit: Edit = no_edit
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], document_ids_BT: Int[Array, "B T"] | None,
+        positions_BT: Int[Array, "B T"], control_BTP: Float[Array, "B T P"] | None = None,
+        path_mask_P: Float[Array, " P"] | None = None,
+        gate_override_P: Float[Array, " P"] | None = None, *, train: bool = False,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
+        """Runs the block.
+
+        Args:
+          x_BTD: residual stream.
+          document_ids_BT: document of each token; None = one a row.
+          positions_BT: position of each token in its document.
+          control_BTP, path_mask_P, gate_override_P: see GatedMixer; P counts all of `PATHS`, and
+            entries of paths that this layer does not have are ignored.
+          train: dropout and path dropout on (random stream "dropout").
+
+        Returns:
+          x_BTD, and `out` with the names of each part in front ("ssm.state", "mixer.gates", …),
+          "mlp.out" and "residual".
+        """
+        cfg, edit = self.config, self.edit
+        out: dict[str, Array] = {}
+        u_BTD = RMSNorm(cfg.norm_epsilon, self.dtype, name="norm_paths")(x_BTD)
+        branches = {}
+        for path in self.spec.paths:
+            branches[path], part = self._path(path)(u_BTD, document_ids_BT, positions_BT)
+            out.update({f"{path}.{name}": value for name, value in part.items()})
+
+        present = jnp.asarray([PATHS.index(path) for path in self.spec.paths])
+        control_BTP, path_mask_P, gate_override_P = (
+            None if array is None else array[..., present]
+            for array in (control_BTP, path_mask_P, gate_override_P))
+        mixed_BTD, part = GatedMixer(
+            cfg.mixer, self.spec.first_shares, epsilon=cfg.norm_epsilon,
+            scale_init=(2 * cfg.n_layers) ** -0.5, dtype=self.dtype,
+            edit=scoped(edit, "mixer."), name="mixer",
+        )(u_BTD, branches, control_BTP, path_mask_P, gate_override_P, train=train)
+        out.update({f"mixer.{name}": value for name, value in part.items()})
+
+        dropout = nn.Dropout(cfg.dropout, deterministic=not train)
+        x_BTD = x_BTD + dropout(mixed_BTD)
+        u_BTD = RMSNorm(cfg.norm_epsilon, self.dtype, name="norm_mlp")(x_BTD)
+        out["mlp.out"] = y_BTD = edit("mlp.out", MLP(cfg.mlp, self.dtype, name="mlp")(u_BTD))
+        out["residual"] = x_BTD = edit("residual", x_BTD + dropout(y_BTD))
+        return x_BTD, out
+
+    def _path(self, path: str) -> nn.Module:
+        cfg: HybridConfig = self.config
+        common: dict[str, Any] = {"dtype": self.dtype, "edit": scoped(self.edit, f"{path}.")}
+        if path == "ssm":
+            return ModernSSM(cfg.ssm, cfg.n_heads, name=path, **common)
+        if path == "hopfield":
+            return MoRHopfield(cfg.hopfield, cfg.n_heads, self.spec.depth, cfg.rope_theta,
+                               cfg.attention.backend, name=path, **common)
+        theta = cfg.rope_theta if cfg.position == "rope" else 0.0
+        return SelfAttention(cfg.attention, cfg.n_heads, theta, name=path, **common)

@@ -1,0 +1,186 @@
+"""HybridLM: embeddings, the segment reasoner over a stack of hybrid blocks, a linear head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from hippocampus.config import HybridConfig
+from hippocampus.data.batches import Batch
+from hippocampus.layers.edits import Edit, no_edit, scoped
+from hippocampus.layers.norms import RMSNorm, rms_normalize
+from hippocampus.layers.velocity_field import VelocityField
+from hippocampus.models.hybrid_block import BlockSpec, HybridBlock, block_specs
+from hippocampus.models.interventions import NEUTRAL, Interventions
+from hippocampus.models.layer_stack import run_layers
+from hippocampus.models.segment_reasoner import SegmentReasoner
+from hippocampus.ops.cross_entropy import Head
+
+VOCAB_MULTIPLE = 128
+
+
+def padded_vocabulary(vocab_size: int) -> int:
+    """Rows of an embedding table: tables divide well over devices and tiles."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+class HybridLM(nn.Module):
+    """A causal language model with three kinds of memory in every block.
+
+    `model.apply({"params": params}, tokens_BT)` gives `(logits_BTV, out)`. `flow_width` > 0 adds
+    the velocity network of the segment flow. `max_length` is the number of learned positions.
+    """
+
+    config: HybridConfig
+    flow_width: int = 0
+    edit: Edit = no_edit
+
+    def setup(self) -> None:
+        """Creates the parameters: a table or two, and one tree per layer."""
+        cfg = self.config
+        self.dtype = jnp.dtype(cfg.compute_dtype)
+        self.specs = block_specs(cfg)
+        table = nn.initializers.normal(cfg.d_model**-0.5)
+        shape = (padded_vocabulary(cfg.vocab_size), cfg.d_model)
+        self.embedding_VD = self.param("embedding", table, shape)
+        if cfg.position == "learned":
+            self.position_TD = self.param("position_embedding", nn.initializers.normal(0.02),
+                                          (cfg.max_length, cfg.d_model))
+        if not cfg.tie_embeddings:
+            self.param("head", table, shape)
+        self.layer_params = [self.param(f"layers_{i}", self._init_layer, spec)
+                             for i, spec in enumerate(self.specs)]
+        self.reasoner = SegmentReasoner(cfg, self.dtype, self.edit)
+        self.norm_out = RMSNorm(cfg.norm_epsilon, self.dtype)
+        if self.flow_width:
+            self.flow = VelocityField(self.flow_width, self.dtype)
+
+    def __call__(self, tokens_BT: Int[Array, "B T"]) -> tuple[Float[Array, "B T V"], dict]:
+        """Logits of the next token; deterministic.
+
+        Args:
+          tokens_BT: token ids below `vocab_size`; every row is one document.
+
+        Returns:
+          logits_BTV (float32, V = vocab_size), and the named intermediates.
+        """
+        batch = Batch(tokens_BT, tokens_BT, jnp.ones(tokens_BT.shape, jnp.float32))
+        hidden_BTD, out, _ = self.forward(batch)
+        head = self.head(self.variables["params"])
+        return head.logits(hidden_BTD)[..., :self.config.vocab_size], out
+
+    def forward(
+        self, batch: Batch, state: dict | None = None, *,
+        interventions: Interventions = NEUTRAL, train: bool = False,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Array], dict]:
+        """Final hidden states of every token.
+
+        Args:
+          batch: tokens, and where documents begin.
+          state: carried between batches by models that need it; empty here.
+          interventions: what a probe changes (evaluation only).
+          train: dropout on; needs the random stream "dropout" where a dropout is above 0.
+
+        Returns:
+          hidden_BTD (normalised, compute dtype), `out`, and the state. `out["segments.hidden"]`
+          (R,B,T,D) are the normalised states of every pass; with a flow network
+          `out["flow.skip_hidden"]` is the first pass plus one Euler step towards the last.
+        """
+        cfg, tokens_BT = self.config, batch.tokens_BT
+        positions_BT = _positions(batch)
+        x_BTD = self.embedding_VD[tokens_BT].astype(self.dtype) * jnp.asarray(
+            cfg.d_model**0.5, self.dtype)
+        if cfg.position == "learned":
+            x_BTD = x_BTD + self.position_TD[positions_BT].astype(self.dtype)
+        x_BTD = self.edit("embedding", x_BTD)
+
+        passes, chosen = cfg.segments.train, None
+        if interventions.segments is not None and not train:
+            passes, chosen = max(cfg.segments.eval, passes), interventions.segments
+        key = self.make_rng("dropout") if train and self.has_rng("dropout") else None
+
+        def stack(x: Array, control_LBTP: Array | None, edit: Edit, r: int) -> tuple[Array, dict]:
+            return self._run_stack(x, control_LBTP, batch.document_ids_BT, positions_BT,
+                                   interventions, edit, train,
+                                   None if key is None else jax.random.fold_in(key, r))
+
+        states, out = self.reasoner(stack, x_BTD, passes)
+        out["embedding"] = x_BTD
+        out["segments.hidden"] = jnp.stack([self.norm_out(h) for h in states])
+        if chosen is None or len(states) == 1:
+            hidden_BTD = self.norm_out(states[-1])
+        else:
+            hidden_BTD = self.norm_out(jnp.stack(states)[jnp.asarray(chosen) - 1])
+        if self.flow_width:
+            out["flow.skip_hidden"] = self._skip(states[0])
+        return hidden_BTD, out, {}
+
+    def velocity(self, x_BTD: Float[Array, "B T D"],
+                 tau_BT: Float[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The segment flow's velocity (needs `flow_width` > 0)."""
+        return self.flow(x_BTD, tau_BT)
+
+    def head(self, params: Any) -> Head:
+        """The output layer of a parameter tree."""
+        weight = params["embedding" if self.config.tie_embeddings else "head"]
+        return Head(weight, vocab_size=self.config.vocab_size)
+
+    def init_state(self, batch: Batch) -> dict:
+        """What `forward` carries from batch to batch: nothing."""
+        return {}
+
+    def _init_layer(self, key: Array, spec: BlockSpec) -> dict:
+        block = HybridBlock(self.config, spec, self.dtype, parent=None)
+        x_BTD = jnp.zeros((1, 2, self.config.d_model), self.dtype)
+        return block.init(key, x_BTD, None, jnp.zeros((1, 2), jnp.int32))["params"]
+
+    def _run_stack(self, x_BTD: Array, control_LBTP: Array | None, document_ids_BT: Array | None,
+                   positions_BT: Array, interventions: Interventions, edit: Edit, train: bool,
+                   key: Array | None) -> tuple[Array, dict[str, Array]]:
+        """One pass through all layers, as pure functions of their parameter trees."""
+        cfg = self.config
+        edited = edit is not no_edit
+
+        def apply_layer(spec: BlockSpec, params: Any, x: Array, layer: dict,
+                        edit: Edit = no_edit) -> tuple[Array, dict[str, Array]]:
+            block = HybridBlock(cfg, spec, self.dtype, edit, parent=None)
+            rngs = {"dropout": layer["key"]} if "key" in layer else {}
+            return block.apply({"params": params}, x, document_ids_BT, positions_BT,
+                               layer.get("control"), layer.get("mask"), layer.get("override"),
+                               train=train, rngs=rngs)
+
+        arrays = {"control": control_LBTP, "mask": interventions.path_mask_LP,
+                  "override": interventions.gate_override_LP,
+                  "key": None if key is None else jax.random.split(key, cfg.n_layers)}
+        per_layer = {name: array for name, array in arrays.items() if array is not None}
+        if edited:  # a callable edit knows layers by name, so they run one by one
+            out: dict[str, Array] = {}
+            for i, spec in enumerate(self.specs):
+                own = {name: array[i] for name, array in per_layer.items()}
+                x_BTD, part = apply_layer(spec, self.layer_params[i], x_BTD, own,
+                                          scoped(edit, f"layers.{i}."))
+                out.update({f"layers.{i}.{name}": value for name, value in part.items()})
+            return x_BTD, out
+        return run_layers(apply_layer, self.specs, self.layer_params, x_BTD, per_layer,
+                          scan=cfg.scan_layers, remat=cfg.remat)
+
+    def _skip(self, h_BTD: Array) -> Array:
+        """Final hidden states if the last pass were one Euler step away from the first."""
+        x0 = rms_normalize(h_BTD, self.config.norm_epsilon)
+        velocity = self.flow(x0.astype(self.dtype), jnp.zeros(x0.shape[:2]))
+        return self.norm_out(x0 + velocity)
+
+
+def _positions(batch: Batch) -> Int[Array, "B T"]:
+    if batch.positions_BT is not None:
+        return batch.positions_BT
+    index = jnp.broadcast_to(jnp.arange(batch.tokens_BT.shape[1]), batch.tokens_BT.shape)
+    if batch.document_ids_BT is None:
+        return index
+    ids = batch.document_ids_BT
+    begins = jnp.concatenate([jnp.ones_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], 1)
+    return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)

@@ -1,0 +1,76 @@
+"""A stack of blocks over per-layer parameter trees: unrolled, or scanned over equal layers.
+
+Parameters always lie as `layers_0 … layers_n`, on disk, in sharding rules and in edits. Scanning
+stacks the trees of a run of equal layers at this one border and unstacks what comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Params = Any
+ApplyLayer = Callable[..., tuple[Array, dict[str, Array]]]
+"""(spec, params, x_BTD, per_layer) -> (x_BTD, out)."""
+
+_REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def run_layers(
+    apply_layer: ApplyLayer, specs: Sequence[Any], params: Sequence[Params],
+    x_BTD: Float[Array, "B T D"], per_layer: Any, *, scan: bool, remat: str,
+) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
+    """Runs every layer in order.
+
+    Args:
+      apply_layer: one layer as a pure function of its parameters.
+      specs: static settings of each layer; neighbours with equal ones can be scanned.
+      params: parameter tree of each layer; equal specs have equal tree shapes.
+      x_BTD: residual stream.
+      per_layer: pytree of arrays with a leading L axis; a layer gets its slice.
+      scan: compile runs of equal layers once.
+      remat: "none", "dots" or "full": what the backward pass computes again.
+
+    Returns:
+      x_BTD, and the layers' `out` under "layers.<i>.<name>".
+    """
+    out: dict[str, Array] = {}
+    for start, stop in _runs(specs, scan):
+        spec = specs[start]
+
+        def body(x: Array, layer: tuple[Params, Any], spec: Any = spec) -> tuple[Array, dict]:
+            return apply_layer(spec, layer[0], x, layer[1])
+
+        if remat != "none":
+            body = jax.checkpoint(body, policy=_REMAT_POLICIES[remat],
+                                  prevent_cse=stop - start == 1)
+        own = jax.tree.map(lambda array, a=start, b=stop: array[a:b], per_layer)
+        if stop - start == 1:
+            x_BTD, part = body(x_BTD, (params[start], jax.tree.map(lambda array: array[0], own)))
+            out.update({f"layers.{start}.{name}": value for name, value in part.items()})
+        else:
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params[start:stop])
+            x_BTD, parts = jax.lax.scan(body, x_BTD, (stacked, own))
+            out.update({f"layers.{start + i}.{name}": values[i]
+                        for name, values in parts.items() for i in range(stop - start)})
+    return x_BTD, out
+
+
+def _runs(specs: Sequence[Any], scan: bool) -> Iterator[tuple[int, int]]:
+    """[start, stop) of every run of layers that is compiled together."""
+    start = 0
+    for _, group in groupby(specs):
+        length = len(list(group))
+        if scan:
+            yield start, start + length
+        else:
+            yield from ((i, i + 1) for i in range(start, start + length))
+        start += length

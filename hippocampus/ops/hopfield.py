@@ -1,0 +1,132 @@
+"""Modern Hopfield retrieval in key space: the step, its energy, and the regime it ends in.
+
+A query xi retrieves from the patterns k_1..k_n by descending
+
+    E(xi) = -lse(beta, K xi) + xi.xi / 2 + log(n) / beta + M^2 / 2,     M = max |k_i|,
+    lse(beta, x) = log(sum_i exp(beta x_i)) / beta,
+
+and  xi <- xi - alpha grad E(xi) = (1 - alpha) xi + alpha sum_i softmax_i(beta k_i.xi) k_i.
+For 0 < alpha <= 1 the energy never rises (the step is a concave-convex procedure). That holds
+because the sum reads keys: iterating over separate values has no energy function. One step with
+alpha = 1 is softmax attention with the keys as values.
+
+Source: Ramsauer et al. 2020 (arXiv:2008.02217), equations 2-3 and lemma A.4.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from hippocampus.ops.attention import attention, same_document
+
+
+def retrieve(
+    xi_BTHd: Float[Array, "B T H d"], keys_BTHd: Float[Array, "B T H d"] | None,
+    slots_SHd: Float[Array, "S H d"] | None, beta_H: Float[Array, " H"], *,
+    alpha: float = 1.0, document_ids: Int[Array, "B T"] | None = None, backend: str = "xla",
+) -> Float[Array, "B T H d"]:
+    """One retrieval step of every token.
+
+    Args:
+      xi_BTHd: the states.
+      keys_BTHd: patterns from the context: token t retrieves from the keys s <= t of its
+        document. None = no context.
+      slots_SHd: patterns that every token retrieves from. None = no slots.
+      beta_H: inverse temperature per head, > 0.
+      alpha: step size, in (0, 1].
+      document_ids: document of each token; None = one document a row.
+      backend: of `attention`; retrieval from slots always runs on XLA.
+
+    Returns:
+      The new states, in the dtype of `xi_BTHd`.
+    """
+    if slots_SHd is None:
+        assert keys_BTHd is not None
+        query = xi_BTHd * beta_H[:, None].astype(xi_BTHd.dtype)
+        new = attention(query, keys_BTHd, keys_BTHd, document_ids=document_ids, scale=1.0,
+                        backend=backend)
+    else:
+        p_context, p_slots = probabilities(xi_BTHd, keys_BTHd, slots_SHd, beta_H, document_ids)
+        new = jnp.einsum("bhts,shd->bthd", p_slots, slots_SHd.astype(jnp.float32))
+        if keys_BTHd is not None:
+            new = new + jnp.einsum("bhts,bshd->bthd", p_context, keys_BTHd.astype(jnp.float32))
+        new = new.astype(xi_BTHd.dtype)
+    return new if alpha == 1.0 else (1 - alpha) * xi_BTHd + alpha * new
+
+
+def probabilities(
+    xi_BTHd: Float[Array, "B T H d"], keys_BTHd: Float[Array, "B T H d"] | None,
+    slots_SHd: Float[Array, "S H d"] | None, beta_H: Float[Array, " H"],
+    document_ids: Int[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B H T T"] | None, Float[Array, "B H T S"] | None]:
+    """The retrieval weights over context and slots (float32); together they sum to 1."""
+    scores, T = _scores(xi_BTHd, keys_BTHd, slots_SHd, beta_H, document_ids), xi_BTHd.shape[1]
+    p = jax.nn.softmax(scores, axis=-1)
+    if keys_BTHd is None:
+        return None, p
+    return p[..., :T], None if slots_SHd is None else p[..., T:]
+
+
+def energy(
+    xi_BTHd: Float[Array, "B T H d"], keys_BTHd: Float[Array, "B T H d"] | None,
+    slots_SHd: Float[Array, "S H d"] | None, beta_H: Float[Array, " H"],
+    document_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T H"]:
+    """E(xi) of every state (float32, >= 0); M is the running maximum, so it is causal."""
+    scores = _scores(xi_BTHd, keys_BTHd, slots_SHd, beta_H, document_ids)  # beta k.xi or -inf
+    seen = scores > -jnp.inf
+    log_sum = jax.nn.logsumexp(scores, axis=-1)
+    norms = jnp.where(seen, _square_norms(keys_BTHd, slots_SHd), 0.0)
+    xi = jnp.moveaxis(xi_BTHd.astype(jnp.float32), 1, 2)
+    beta = beta_H[:, None]
+    value = ((jnp.log(seen.sum(-1)) - log_sum) / beta
+             + 0.5 * (xi * xi).sum(-1) + 0.5 * norms.max(-1))
+    return jnp.moveaxis(value, 1, 2)
+
+
+def effective_patterns(
+    xi_BTHd: Float[Array, "B T H d"], keys_BTHd: Float[Array, "B T H d"] | None,
+    slots_SHd: Float[Array, "S H d"] | None, beta_H: Float[Array, " H"],
+    document_ids: Int[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B T H"], Float[Array, "B T H"]]:
+    """1 / sum p^2, the number of patterns a retrieval mixes, and the number n it could.
+
+    The regime is *global* above n/2, *single* below 1.5 and *metastable* between.
+    """
+    scores = _scores(xi_BTHd, keys_BTHd, slots_SHd, beta_H, document_ids)
+    p = jax.nn.softmax(scores, axis=-1)
+    n = (scores > -jnp.inf).sum(-1).astype(jnp.float32)
+    return jnp.moveaxis(1 / (p * p).sum(-1), 1, 2), jnp.moveaxis(n, 1, 2)
+
+
+def _scores(xi: Array, keys: Array | None, slots: Array | None, beta_H: Array,
+            document_ids: Array | None) -> Array:
+    """beta k.xi as B,H,T,(T+S) float32, with -inf where a token may not look."""
+    xi = xi.astype(jnp.float32) * beta_H[:, None]
+    parts = []
+    if keys is not None:
+        scores = jnp.einsum("bthd,bshd->bhts", xi, keys.astype(jnp.float32))
+        parts.append(jnp.where(_visible(keys.shape[1], document_ids), scores, -jnp.inf))
+    if slots is not None:
+        parts.append(jnp.einsum("bthd,shd->bhts", xi, slots.astype(jnp.float32)))
+    return jnp.concatenate(parts, axis=-1)
+
+
+def _visible(T: int, document_ids: Array | None) -> Bool[Array, "... T T"]:
+    causal = jnp.tril(jnp.ones((T, T), bool))
+    return causal if document_ids is None else causal & same_document(document_ids)[:, None]
+
+
+def _square_norms(keys: Array | None, slots: Array | None) -> Array:
+    """|k|^2 of every pattern, broadcastable to the shape of `_scores`."""
+    parts = []
+    if keys is not None:
+        squares = (keys.astype(jnp.float32) ** 2).sum(-1)  # B,S,H
+        parts.append(jnp.moveaxis(squares, 1, 2)[:, :, None])
+    if slots is not None:
+        squares = (slots.astype(jnp.float32) ** 2).sum(-1).T[None, :, None]
+        batch = keys.shape[0] if keys is not None else 1
+        parts.append(jnp.broadcast_to(squares, (batch, *squares.shape[1:])))
+    return jnp.concatenate(parts, axis=-1)

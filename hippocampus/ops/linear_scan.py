@@ -1,0 +1,118 @@
+"""The diagonal linear recurrence h_t = a_t h_{t-1} + x_t, by three algorithms with one gradient."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from hippocampus.errors import ConfigError
+
+
+def linear_scan(
+    a_BTE: Float[Array, "B T E"], x_BTE: Float[Array, "B T E"],
+    h0_BE: Float[Array, "B E"] | None = None, reset_BT: Bool[Array, "B T"] | None = None,
+    *, backend: str = "associative",
+) -> Float[Array, "B T E"]:
+    """Every state of h_t = a_t h_{t-1} + x_t; the last one is the state to carry on with.
+
+    Args:
+      a_BTE: decays, in float32 (a decay of 0.999 is 1.0 in bfloat16).
+      x_BTE: inputs, in float32.
+      h0_BE: state before the first token; None = zeros.
+      reset_BT: True where a document begins: the state before that token does not count.
+      backend: "sequential" (one step after the other), "associative" (log-depth,
+        `jax.lax.associative_scan`) or "chunked" (chunks side by side, then a carry over them;
+        the fastest on CPUs).
+
+    Returns:
+      h_BTE in the dtype of `x_BTE`. The gradient is the same recurrence run backwards, with the
+      same backend, so memory does not grow with the depth of the algorithm.
+
+    Raises:
+      ConfigError: an unknown backend.
+
+    Source: Martin & Cundy 2018 (arXiv:1709.04057), section 2; Blelloch 1990 for the scan.
+    """
+    if backend not in _BACKENDS:
+        raise ConfigError(f"linear_scan backend is {backend!r}", f"known: {', '.join(_BACKENDS)}")
+    if reset_BT is not None:
+        a_BTE = jnp.where(reset_BT[..., None], 0.0, a_BTE)
+    if h0_BE is None:
+        h0_BE = jnp.zeros_like(x_BTE[:, 0])
+    return _scan(backend, a_BTE, x_BTE, h0_BE)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(backend: str, a: Array, x: Array, h0: Array) -> Array:
+    # The first input absorbs the initial state; every algorithm then starts from zero.
+    return _BACKENDS[backend](a, x.at[:, 0].add(a[:, 0] * h0))
+
+
+def _scan_forward(backend: str, a: Array, x: Array, h0: Array) -> tuple[Array, tuple]:
+    h = _scan(backend, a, x, h0)
+    return h, (a, h, h0)
+
+
+def _scan_backward(backend: str, saved: tuple, g: Array) -> tuple[Array, Array, Array]:
+    """With l_t = g_t + a_{t+1} l_{t+1}: dx_t = l_t, da_t = l_t h_{t-1}, dh_0 = a_1 l_1."""
+    a, h, h0 = saved
+    next_a = jnp.concatenate([a[:, 1:], jnp.zeros_like(a[:, :1])], axis=1)
+    adjoint = jnp.flip(linear_scan(jnp.flip(next_a, 1), jnp.flip(g, 1), backend=backend), 1)
+    previous_h = jnp.concatenate([h0[:, None], h[:, :-1]], axis=1)
+    return adjoint * previous_h, adjoint, a[:, 0] * adjoint[:, 0]
+
+
+_scan.defvjp(_scan_forward, _scan_backward)
+
+
+def _sequential(a: Array, x: Array) -> Array:
+    def step(h: Array, ax: tuple[Array, Array]) -> tuple[Array, Array]:
+        h = ax[0] * h + ax[1]
+        return h, h
+
+    time_major = (jnp.swapaxes(a, 0, 1), jnp.swapaxes(x, 0, 1))
+    _, h = jax.lax.scan(step, jnp.zeros_like(x[:, 0]), time_major)
+    return jnp.swapaxes(h, 0, 1)
+
+
+def _associative(a: Array, x: Array) -> Array:
+    def combine(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
+        return left[0] * right[0], right[0] * left[1] + right[1]
+
+    return jax.lax.associative_scan(combine, (a, x), axis=1)[1]
+
+
+def _chunked(a: Array, x: Array) -> Array:
+    """About sqrt(T) steps over all chunks at once, then one carry per chunk."""
+    B, T, E = x.shape
+    size = max(1, round(T**0.5))
+    n = -(-T // size)
+    pad = ((0, 0), (0, n * size - T), (0, 0))
+
+    def steps_first(array: Array) -> Array:  # B,(n size),E -> size,B,n,E
+        return jnp.moveaxis(jnp.pad(array, pad).reshape(B, n, size, E), 2, 0)
+
+    def within(carry: tuple[Array, Array], ax: tuple[Array, Array]) -> tuple[tuple, tuple]:
+        product, h = carry
+        carry = (ax[0] * product, ax[0] * h + ax[1])
+        return carry, carry
+
+    zeros = jnp.zeros((B, n, E), x.dtype)
+    (last_product, last_h), (product, h) = jax.lax.scan(
+        within, (zeros + 1, zeros), (steps_first(a), steps_first(x)))
+
+    def across(h0: Array, chunk: tuple[Array, Array]) -> tuple[Array, Array]:
+        return chunk[0] * h0 + chunk[1], h0
+
+    chunks = (jnp.swapaxes(last_product, 0, 1), jnp.swapaxes(last_h, 0, 1))
+    _, h0 = jax.lax.scan(across, zeros[:, 0], chunks)  # n,B,E: the state each chunk starts from
+    h = h + product * jnp.swapaxes(h0, 0, 1)
+    return jnp.moveaxis(h, 0, 2).reshape(B, n * size, E)[:, :T]
+
+
+_BACKENDS: dict[str, Callable[[Array, Array], Array]] = {
+    "sequential": _sequential, "associative": _associative, "chunked": _chunked}

@@ -1,0 +1,175 @@
+"""One run's folder: who may write there, and its small files.
+
+    config.json  env.json  tokenizer.json  metrics.jsonl  events.*  steps/<n>/  samples/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+
+from hippocampus.errors import ConfigError, DataError
+from hippocampus.files import write_atomically
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The places in a run folder."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved config."""
+        return self.path / "config.json"
+
+    @property
+    def environment(self) -> Path:
+        """Versions, devices and the command of the last start."""
+        return self.path / "env.json"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer that the ids belong to."""
+        return self.path / "tokenizer.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a row."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def steps(self) -> Path:
+        """Checkpoints."""
+        return self.path / "steps"
+
+    @property
+    def samples(self) -> Path:
+        """Text written while training."""
+        return self.path / "samples"
+
+    def is_run(self) -> bool:
+        """Whether a run was started here."""
+        return self.config.is_file()
+
+    def check_usable(self) -> None:
+        """Refuses a folder that training could not or must not write to; writes nothing.
+
+        Raises:
+          ConfigError: a file, somebody else's folder, or no permission.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"the run folder {self.path} is a file", "choose another --workdir")
+        if self.path.is_dir() and not self.is_run():
+            others = [p.name for p in self.path.iterdir() if p.name not in (".gitkeep", _LOCK)]
+            if others:
+                raise ConfigError(f"{self.path} is not empty and not a run folder "
+                                  f"(it holds {sorted(others)[0]})", "choose another --workdir")
+        nearest = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise ConfigError(f"cannot write to {nearest}", "choose another --workdir")
+
+    def read_tokenizer_text(self) -> str:
+        """The text of tokenizer.json.
+
+        Raises:
+          DataError: it is not there.
+        """
+        try:
+            return self.tokenizer.read_text("utf-8")
+        except OSError:
+            raise DataError(f"no tokenizer at {self.tokenizer}", "is this a run folder?") from None
+
+
+_LOCK = ".lock"
+
+
+class RunLock:
+    """The right to write to a run folder, held until `release` or the end of the process."""
+
+    def __init__(self, folder: RunFolder):
+        """Takes the lock, creating the folder.
+
+        Raises:
+          ConfigError: another process has it, or the folder cannot be written.
+        """
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            self._file: TextIO = open(folder.path / _LOCK, "a+")  # noqa: SIM115 - held open
+        except OSError as error:
+            raise ConfigError(f"cannot write to {folder.path}: {error.strerror}",
+                              "choose another --workdir") from None
+        try:
+            # The kernel drops the lock with the process, so a killed run leaves none behind.
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise ConfigError(f"{folder.path} is in use by {holder}",
+                              "wait for it, or choose another --workdir") from None
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._file.flush()
+
+    def release(self) -> None:
+        """Gives the lock back."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; a last line that a crash tore is left out."""
+    rows = []
+    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Removes the rows after `step`: they will be written again."""
+    rows = read_metrics(path)
+    kept = [row for row in rows if row.get("step", 0) <= step]
+    if path.exists():
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def environment() -> dict[str, Any]:
+    """What a reader needs to reproduce a number: versions, commit, devices, flags, command."""
+    packages = ("hippocampus", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy",
+                "tokenizers", "datasets")
+    versions = {}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {
+        "python": platform.python_version(), "platform": platform.platform(),
+        "packages": versions, "commit": _commit(), "command": [Path(sys.argv[0]).name,
+                                                               *sys.argv[1:]],
+        "devices": [device.device_kind for device in jax.devices()],
+        "processes": jax.process_count(), "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "cpu_count": os.cpu_count(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package lies in, with + if it was changed."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        run = subprocess.run([*git, "describe", "--always", "--dirty=+", "--abbrev=12"],
+                             capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return run.stdout.strip() or None

@@ -1,0 +1,1 @@
+"""The trainer: loss, optimizer, sharded step, loop, and what it writes."""

@@ -1,0 +1,362 @@
+"""The training loop: what `python -m hippocampus.train` and `hippocampus.fit` run.
+
+Where parameters come from, in this order: the run folder's newest checkpoint, else the seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from hippocampus.config import Config
+from hippocampus.config_files import fields, read_json, to_json
+from hippocampus.devices import choose, resolve, this_device
+from hippocampus.errors import ConfigError, Stopped
+from hippocampus.evaluation.evaluate import Evaluation, evaluate
+from hippocampus.files import write_atomically
+from hippocampus.generation.language_model import LanguageModel, load
+from hippocampus.models import flops
+from hippocampus.models.build_model import build_model, count_parameters
+from hippocampus.runs.checkpoints import Checkpoints
+from hippocampus.runs.run_folder import RunFolder, RunLock, cut_metrics, environment
+from hippocampus.training import sharding
+from hippocampus.training.console import RunConsole
+from hippocampus.training.data import TrainingData, read_data
+from hippocampus.training.inspect import gate_histograms
+from hippocampus.training.optimizer import build_optimizer
+from hippocampus.training.signals import StopSignal
+from hippocampus.training.state import TrainState
+from hippocampus.training.step import TrainStep, jit_train_step, sharded_init, train_step
+from hippocampus.training.trackers import (
+    JsonLines,
+    TensorBoard,
+    Tracker,
+    Trackers,
+    WeightsAndBiases,
+)
+
+MAY_CHANGE = ("name", "train.steps", "eval.", "checkpoint.", "log.", "sample.", "mesh.",
+              "train.grad_accumulation")
+"""Fields, or groups of them, that may differ when a run goes on."""
+
+
+@dataclass
+class Run:
+    """Everything that one run holds while it goes on."""
+
+    config: Config
+    folder: RunFolder
+    data: TrainingData
+    model: Any
+    mesh: Mesh
+    step_function: TrainStep
+    console: RunConsole
+    trackers: Trackers
+    checkpoints: Checkpoints
+    clock: Clock
+    pending: tuple[int, dict[str, jax.Array]] | None = None
+    saved_step: int = -1
+    best_loss: float = field(default=float("inf"))
+
+    def place(self, batch: Any) -> Any:
+        """A batch on the mesh."""
+        return sharding.to_devices(batch, sharding.batch_sharding(self.mesh))
+
+
+def fit(config: Config, workdir: str | Path | None = None) -> Path:
+    """Trains, or goes on training, until `train.steps`.
+
+    Args:
+      config: from `load_config`.
+      workdir: the run folder; default: checkpoints/<config.name>.
+
+    Returns:
+      The run folder.
+
+    Raises:
+      ConfigError: settings, run folder or devices that do not fit; nothing is written.
+      DataError: nothing usable to read; nothing is written.
+      Stopped: by SIGTERM or SIGINT, with everything saved.
+    """
+    folder = RunFolder(Path(workdir or Path("checkpoints") / config.name))
+    folder.check_usable()
+    config, automatic = resolve(config)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(mesh, config.train.batch_size, "train.batch_size",
+                         config.train.grad_accumulation)
+    sharding.check_batch(mesh, config.eval.batch_size, "eval.batch_size")
+    data = read_data(config)
+    config = dataclasses.replace(config, model=dataclasses.replace(
+        config.model, vocab_size=data.tokenizer.vocab_size))
+    model = build_model(config)
+
+    console = RunConsole(config.train.steps, quiet=jax.process_index() > 0)
+    lock = RunLock(folder)
+    try:
+        if folder.is_run():
+            for line in check_resumable(folder, config, automatic):
+                console.say(line)
+            data.check_same_as(folder)
+        else:
+            data.tokenizer.save(folder.tokenizer)
+            write_atomically(folder.path / "data.json", data.record())
+        write_atomically(folder.environment, _json(environment()))
+        write_atomically(folder.config, to_json(config, automatic))  # last: it marks a run
+        _greet(console, config, folder, data, model)
+        with Checkpoints(folder.steps, config.checkpoint) as checkpoints:
+            _train(config, folder, data, model, mesh, console, checkpoints)
+        _conclude(console, config, folder, data)
+    finally:
+        console.stop()
+        lock.release()
+    return folder.path
+
+
+def check_resumable(folder: RunFolder, config: Config, automatic: tuple[str, ...]) -> list[str]:
+    """Compares a run's saved config with the one asked for.
+
+    Returns:
+      What a person should know of allowed differences.
+
+    Raises:
+      ConfigError: the first field that must not differ, with both values.
+    """
+    saved, _ = read_json(folder.config)
+    before, now, notes = fields(saved), fields(config), []
+    for name in sorted(now):
+        if before.get(name) == now[name] or name.startswith(MAY_CHANGE):
+            continue
+        if name in automatic:
+            notes.append(f"note: {name} is {now[name]} on this device (it was {before.get(name)}); "
+                         "numbers will differ a little")
+            continue
+        raise ConfigError(f"{folder.path} was trained with {name} = {before.get(name)!r}, not "
+                          f"{now[name]!r}", "go on with the old value, or choose another --workdir")
+    if saved.train.steps != config.train.steps and config.optimizer.schedule != "constant":
+        notes.append(f"note: train.steps was {saved.train.steps}, is {config.train.steps}: the "
+                     "learning-rate schedule moves")
+    return notes
+
+
+def _train(config: Config, folder: RunFolder, data: TrainingData, model: Any, mesh: Mesh,
+           console: RunConsole, checkpoints: Checkpoints) -> None:
+    """From the newest checkpoint, or the seed, to the last step."""
+    optimizer = build_optimizer(config.optimizer, config.train.steps)
+    first_state, like, shardings = sharded_init(model, optimizer, config, mesh)
+    done = checkpoints.latest or 0
+    if done >= config.train.steps:
+        console.say(f"this run is finished ({done} steps); raise train.steps to go on")
+        return
+    if done:
+        state = TrainState.from_trees(checkpoints.restore(done, like.trees()))
+        console.say(f"going on from step {done}")
+    else:
+        state = first_state()
+    cut_metrics(folder.metrics, done)
+    trackers: list[Tracker] = [JsonLines(folder.metrics), TensorBoard(folder.path, done + 1)]
+    if config.log.wandb_project:
+        trackers.append(WeightsAndBiases(config.log.wandb_project, folder, fields(config)))
+    run = Run(config, folder, data, model, mesh,
+              jit_train_step(train_step(model, optimizer, config), mesh, shardings), console,
+              Trackers(trackers), checkpoints, Clock(config, len(jax.devices())),
+              saved_step=done)
+    run.best_loss = min((loss for loss in checkpoints.losses().values() if loss is not None),
+                        default=float("inf"))
+    console.say("compiling the training step (10 to 60 seconds, once) …")
+    console.start(done)
+    try:
+        with StopSignal() as stop, jax.set_mesh(mesh):
+            _loop(run, state, done, stop)
+    finally:
+        run.trackers.close()
+
+
+def _loop(run: Run, state: TrainState, done: int, stop: StopSignal) -> None:
+    """Steps `done` to the end. The device always has the next step before numbers are fetched."""
+    config, batches = run.config, run.data.batches(run.config)
+    for step in range(done, config.train.steps):
+        state, metrics = run.step_function(state, run.place(batches.batch(step)))
+        _write_pending(run)
+        n, last = step + 1, step + 1 == config.train.steps
+        if _due(n, config.log.every_steps) or last or step == done:
+            run.pending = (n, metrics)
+        interrupted = stop.received is not None
+        eval_loss = None
+        if _due(n, config.eval.every_steps) or last:
+            _write_pending(run)
+            with run.clock.paused():
+                eval_loss = _evaluate(run, state, n)
+        if _due(n, config.log.histogram_every_steps):
+            with run.clock.paused():
+                for name, values in gate_histograms(run.model, state.params,
+                                                    run.place(batches.batch(step))).items():
+                    run.trackers.histogram(n, name, values)
+        if _due(n, config.sample.every_steps):
+            with run.clock.paused():
+                _sample(run, state, n)
+        better = eval_loss is not None and eval_loss < run.best_loss
+        if _due(n, config.checkpoint.every_steps) or better or last or interrupted:
+            with run.clock.paused():
+                run.checkpoints.save(n, state.trees(), eval_loss)
+            run.best_loss = eval_loss if better and eval_loss is not None else run.best_loss
+        if interrupted:
+            _write_pending(run)
+            run.checkpoints.wait()
+            assert stop.received is not None
+            raise Stopped(f"{stop.received.name} at step {n}: everything is saved",
+                          "start the same command again to go on")
+    _write_pending(run)
+
+
+def _write_pending(run: Run) -> None:
+    """Fetches and writes the metrics of an earlier step."""
+    if run.pending is None:
+        return
+    (step, metrics), run.pending = run.pending, None
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    values.update(run.clock.lap(step))
+    run.trackers.scalars(step, values)
+    run.console.step(step, values, run.clock.seconds_left(step))
+
+
+def _evaluate(run: Run, state: TrainState, step: int) -> float:
+    """Scores the validation split with raw and averaged weights; returns eval/loss."""
+    windows = run.data.windows(run.config, run.config.eval.max_windows)
+    values = _eval_values("eval", {
+        name: evaluate(run.model, params, windows, run.data.bytes_per_token, run.place)
+        for name, params in (("raw", state.params), ("ema", state.ema)) if params})
+    run.trackers.scalars(step, values)
+    raw = f" (raw weights {values['eval/loss_raw']:.4f})" if state.ema else ""
+    run.console.say(f"step {step}: validation loss {values['eval/loss']:.4f}{raw}, "
+                    f"{values['eval/bits_per_byte']:.4f} bits per byte")
+    return values["eval/loss"]
+
+
+def _eval_values(prefix: str, scored: Mapping[str, Evaluation]) -> dict[str, float]:
+    """The series of an evaluation; the averaged weights are the ones that count, if there are."""
+    best = scored.get("ema", scored["raw"])
+    return {f"{prefix}/loss": best.nats_per_token, f"{prefix}/bits_per_byte": best.bits_per_byte,
+            f"{prefix}/loss_raw": scored["raw"].nats_per_token,
+            f"{prefix}/bits_per_byte_raw": scored["raw"].bits_per_byte}
+
+
+def _sample(run: Run, state: TrainState, step: int) -> None:
+    """Writes a text with the averaged weights."""
+    params = jax.device_put(state.ema or state.params, jax.devices()[0])
+    lm = LanguageModel(run.model, params, run.data.tokenizer, run.config)
+    text = _generate(lm, run.config)
+    run.folder.samples.mkdir(exist_ok=True)
+    write_atomically(run.folder.samples / f"{step}.txt", run.config.sample.prompt + text)
+    run.trackers.text(step, "sample", run.config.sample.prompt + text)
+    run.console.sample(step, run.config.sample.prompt, text)
+
+
+def _generate(lm: LanguageModel, config: Config) -> str:
+    sample = config.sample
+    return lm.generate(sample.prompt, max_new_tokens=sample.max_new_tokens, top_k=sample.top_k,
+                       temperature=sample.temperature, seed=config.train.seed)
+
+
+def _greet(console: RunConsole, config: Config, folder: RunFolder, data: TrainingData,
+           model: Any) -> None:
+    """What is about to run."""
+    console.say(f"{config.name}: {count_parameters(model):,} parameters, "
+                f"{len(jax.devices())} x {jax.devices()[0].device_kind}, "
+                f"{config.model.compute_dtype}, in {folder.path}")
+    console.say(f"{data.corpus.name}: {len(data.train_ids):,} training and "
+                f"{len(data.validation_ids):,} validation tokens ({config.data.tokenizer}, "
+                f"vocabulary {data.tokenizer.vocab_size}), sha256 {data.corpus.sha256[:16]}")
+
+
+def _conclude(console: RunConsole, config: Config, folder: RunFolder, data: TrainingData) -> None:
+    """The best checkpoint against the n-gram lines, a text from it, and what to type next."""
+    console.stop()
+    best = load(folder.path)
+    raw = load(folder.path, weights="raw", step=best.step)
+    windows = data.windows(config, 0)
+    scored = {name: evaluate(lm.model, lm.params, windows, data.bytes_per_token)
+              for name, lm in (("raw", raw), ("ema", best)) if name == "raw" or config.ema.decay}
+    values = _eval_values("final", scored)
+    write_atomically(folder.path / "results.json", _json({"step": best.step, **values}))
+    rows = [[name, f"{nats:.4f}", f"{nats / (np.log(2) * data.bytes_per_token):.4f}"]
+            for name, nats in data.lines().items()]
+    rows += [[f"this model, {'average' if name == 'ema' else 'raw'} weights, step {best.step}",
+              f"{e.nats_per_token:.4f}", f"{e.bits_per_byte:.4f}"] for name, e in scored.items()]
+    console.table(f"validation: {data.corpus.name}, {windows.n_targets:,} tokens in windows of "
+                  f"{config.data.context}", ["model", "nats per token", "bits per byte"], rows)
+    text = _generate(best, config)
+    folder.samples.mkdir(exist_ok=True)
+    write_atomically(folder.samples / "best.txt", config.sample.prompt + text)
+    console.sample(best.step or 0, config.sample.prompt, text)
+    console.say("next:")
+    console.say(f"  python -m hippocampus.sample --workdir={folder.path} --prompt='The '")
+    console.say(f"  tensorboard --logdir={folder.path}")
+    console.say("  go on: the same command with a larger --config.train.steps")
+
+
+class Clock:
+    """Tokens per second between logged steps, without evaluation, saving and compiling."""
+
+    def __init__(self, config: Config, n_devices: int):
+        """Knows what a step costs."""
+        self._tokens = config.train.batch_size * config.data.context
+        self._steps = config.train.steps
+        self._flops = flops.training_flops_per_token(config)
+        self._peak = choose(this_device()).peak_flops * n_devices
+        self._pause = 0.0
+        self._last: tuple[int, float] | None = None
+        self._rate: float | None = None
+
+    def paused(self) -> _Pause:
+        """A context whose time does not count."""
+        return _Pause(self)
+
+    def lap(self, step: int) -> dict[str, float]:
+        """The series since the last lap; none for the first, which holds the compilation."""
+        now, values = time.perf_counter(), {}
+        if self._last is not None and step > self._last[0]:
+            seconds = max(1e-9, now - self._last[1] - self._pause)
+            self._rate = (step - self._last[0]) / seconds
+            tokens = self._rate * self._tokens
+            values["train/tokens_per_second"] = tokens
+            if self._peak:
+                values["train/mfu"] = tokens * self._flops / self._peak
+        self._last, self._pause = (step, now), 0.0
+        return values
+
+    def seconds_left(self, step: int) -> float | None:
+        """At the last lap's rate."""
+        return (self._steps - step) / self._rate if self._rate else None
+
+    def add_pause(self, seconds: float) -> None:
+        """Time that training did not have."""
+        self._pause += seconds
+
+
+class _Pause:
+    def __init__(self, clock: Clock):
+        self._clock = clock
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._clock.add_pause(time.perf_counter() - self._start)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _json(content: Any) -> str:
+    import json
+
+    return json.dumps(content, indent=2) + "\n"

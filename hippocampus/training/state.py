@@ -1,0 +1,61 @@
+"""All that a run must not lose, as one pytree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from hippocampus.config import Config
+
+
+@struct.dataclass
+class TrainState:
+    """Parameters, their average, the optimizer's state, and where the run is.
+
+    Attributes:
+      step: optimizer steps done.
+      params: float32 parameter tree.
+      ema: the running average, or {} when it is off.
+      opt_state: of optax.
+      key: the run's random key; a step uses `fold_in(key, step)`.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    ema: Any
+    opt_state: optax.OptState
+    key: Array
+
+    def trees(self) -> dict[str, Any]:
+        """The state as the named trees of a checkpoint."""
+        trees = {"params": self.params, "optimizer": self.opt_state,
+                 "progress": {"step": self.step, "key": self.key}}
+        return {**trees, "ema": self.ema} if self.ema else trees
+
+    @staticmethod
+    def from_trees(trees: dict[str, Any]) -> TrainState:
+        """What `trees` took apart."""
+        progress = trees["progress"]
+        return TrainState(progress["step"], trees["params"], trees.get("ema", {}),
+                          trees["optimizer"], progress["key"])
+
+
+def init_state(model: Any, optimizer: optax.GradientTransformation, config: Config) -> TrainState:
+    """The state before the first step; a pure function of `train.seed`."""
+    key_params, key_run = jax.random.split(jax.random.key(config.train.seed))
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    params = model.init(key_params, tokens)["params"]
+    # A copy: the step donates its buffers, and no buffer may be donated twice.
+    ema = jax.tree.map(jnp.copy, params) if config.ema.decay else {}
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), key_run)
+
+
+def ema_decay(decay: float, step: Int[Array, ""]) -> Float[Array, ""]:
+    """min(decay, (1 + t) / (10 + t)): the average forgets its start quickly."""
+    t = step.astype(jnp.float32)
+    return jnp.minimum(decay, (1 + t) / (10 + t))

@@ -1,0 +1,120 @@
+"""One optimizer step as a pure function, and its jitted, sharded, donating form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from hippocampus.config import PATHS, Config
+from hippocampus.data.batches import Batch
+from hippocampus.models.hybrid_block import block_specs
+from hippocampus.training import sharding
+from hippocampus.training.losses import training_loss
+from hippocampus.training.optimizer import learning_rate_schedule
+from hippocampus.training.state import TrainState, ema_decay, init_state
+
+Metrics = dict[str, Float[Array, ""]]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def train_step(model: Any, optimizer: optax.GradientTransformation, config: Config) -> TrainStep:
+    """The step (state, batch) -> (state, metrics), to be jitted.
+
+    Gradients are sums over tokens divided by the whole step's token weight, so that k
+    micro-batches give what one big batch gives.
+    """
+    schedule = learning_rate_schedule(config.optimizer, config.train.steps)
+    k = config.train.grad_accumulation
+
+    def gradients(params: Any, batch: Batch, key: Array) -> tuple[Any, dict[str, Array]]:
+        def loss(params: Any) -> tuple[Array, dict[str, Array]]:
+            total, (sums, out) = training_loss(model, params, batch, key, config)
+            return total, {**sums, **gate_sums(out, batch.loss_weight_BT, config)}
+
+        grads, sums = jax.grad(loss, has_aux=True)(params)
+        return grads, sums
+
+    def accumulate(params: Any, batch: Batch, key: Array) -> tuple[Any, dict[str, Array]]:
+        # Every k-th row, not every k-th block: a device's rows stay on the device.
+        micro = jax.tree.map(
+            lambda a: jnp.swapaxes(a.reshape(a.shape[0] // k, k, *a.shape[1:]), 0, 1), batch)
+
+        def add(total: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradients(params, *part)), None
+
+        keys = jax.random.split(key, k)
+        first = jax.tree.map(lambda a: a[0], micro)
+        shapes = jax.eval_shape(gradients, params, first, keys[0])
+        zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        return jax.lax.scan(add, zero, (micro, keys))[0]
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        grads, sums = (gradients if k == 1 else accumulate)(state.params, batch, key)
+        weight = jnp.maximum(sums.pop("weight"), 1.0)
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if config.ema.decay:
+            mu = ema_decay(config.ema.decay, state.step)
+            ema = jax.tree.map(lambda e, p: mu * e + (1 - mu) * p, ema, params)
+        means = {name: total / weight for name, total in sums.items()}
+        metrics = {"train/loss": means.pop("nll"), "train/grad_norm": optax.global_norm(grads),
+                   "train/learning_rate": schedule(state.step)}
+        metrics.update({name if "/" in name else f"train/{name}": value
+                        for name, value in means.items()})
+        return TrainState(state.step + 1, params, ema, opt_state, state.key), metrics
+
+    return step
+
+
+def gate_sums(out: dict[str, Array], weight_BT: Float[Array, "B T"],
+              config: Config) -> dict[str, Float[Array, ""]]:
+    """Sums over tokens of the layers' mean gate per path, its entropy, and retrieval depth."""
+    specs = block_specs(config.model)
+    sums: dict[str, Array] = {}
+    for path in PATHS:
+        layers = [(i, spec.paths.index(path)) for i, spec in enumerate(specs) if path in spec.paths]
+        if layers:
+            sums[f"mixer/gate/{path}"] = sum(
+                (weight_BT * out[f"layers.{i}.mixer.gates"][..., p]).sum()
+                for i, p in layers) / len(layers)
+    sums["mixer/entropy"] = sum((weight_BT * out[f"layers.{i}.mixer.entropy"]).sum()
+                                for i in range(len(specs))) / len(specs)
+    depths = [i for i, spec in enumerate(specs) if "hopfield" in spec.paths]
+    if depths:
+        sums["hopfield/depth"] = sum(
+            (weight_BT[..., None] * out[f"layers.{i}.hopfield.depth_gates"]
+             * jnp.arange(1, specs[i].depth + 1)).sum() for i in depths) / len(depths)
+    return jax.lax.stop_gradient(sums)
+
+
+def jit_train_step(step: TrainStep, mesh: Mesh, state_shardings: Any) -> TrainStep:
+    """The step compiled for a mesh; the old state's buffers become the new state's."""
+    return jax.jit(step, donate_argnums=0,
+                   out_shardings=(state_shardings, sharding.replicated(mesh)))
+
+
+def sharded_init(model: Any, optimizer: optax.GradientTransformation, config: Config,
+                 mesh: Mesh) -> tuple[Callable[[], TrainState], TrainState, Any]:
+    """How to make the first state where it belongs.
+
+    Returns:
+      A function that makes it, its abstract form (shapes with shardings, for a restore), and the
+      shardings.
+    """
+    def make() -> TrainState:
+        return init_state(model, optimizer, config)
+
+    shapes = jax.eval_shape(make)
+    shardings = sharding.tree_shardings(mesh, shapes, config.mesh.rules)
+    like = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
+    return jax.jit(make, out_shardings=shardings), like, shardings

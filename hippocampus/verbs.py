@@ -1,0 +1,90 @@
+"""What the command-line verbs share: flags, overrides, and errors as one line with a hint."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from hippocampus.errors import (
+    EXIT_BUG,
+    EXIT_OK,
+    ConfigError,
+    HippocampusError,
+    OutOfMemoryError,
+    Stopped,
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are `ConfigError`s and whose flags are never abbreviated."""
+
+    def __init__(self, verb: str, description: str):
+        """A parser for `python -m hippocampus.<verb>`."""
+        super().__init__(prog=f"python -m hippocampus.{verb}", description=description,
+                         allow_abbrev=False)
+        self.add_argument("--debug", action="store_true", help="show the traceback of errors")
+
+    def error(self, message: str) -> NoReturn:
+        """Raises instead of exiting."""
+        raise ConfigError(message, f"{self.prog} --help")
+
+
+def take_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Separates `--config.a.b=c` (or `--config.a.b c`) from the other arguments.
+
+    Raises:
+      ConfigError: an override without a value.
+    """
+    others, overrides = [], {}
+    queue = list(arguments)
+    while queue:
+        argument = queue.pop(0)
+        if not argument.startswith("--config."):
+            others.append(argument)
+            continue
+        name, equals, value = argument.removeprefix("--config.").partition("=")
+        if not equals:
+            if not queue or queue[0].startswith("--"):
+                raise ConfigError(f"--config.{name} has no value", f"--config.{name}=VALUE")
+            value = queue.pop(0)
+        overrides[name] = value
+    return others, overrides
+
+
+def run_verb(main: Callable[[Sequence[str]], Any], arguments: Sequence[str] | None = None) -> None:
+    """Runs a verb and ends the process with the exit code of what happened."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    try:
+        main(arguments)
+    except HippocampusError as error:
+        sys.exit(_report(error, debug))
+    except Exception as error:
+        known = _out_of_memory(error)
+        if known is not None:
+            sys.exit(_report(known, debug))
+        raise
+    sys.exit(EXIT_OK)
+
+
+def _report(error: HippocampusError, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    kind = "stopped" if isinstance(error, Stopped) else "error"
+    sys.stdout.flush()
+    sys.stderr.write(f"{kind}: {error.message}\n" + (f"hint: {error.hint}\n" if error.hint else ""))
+    return error.exit_code or EXIT_BUG
+
+
+def _out_of_memory(error: BaseException) -> OutOfMemoryError | None:
+    """JAX reports a full device by the text of a RuntimeError."""
+    text = str(error)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
+        return OutOfMemoryError(
+            f"out of memory: {(text.splitlines() or ['the host has none left'])[0][:200]}",
+            "lower train.batch_size (or raise train.grad_accumulation), data.context or "
+            "model.d_model, or set model.remat=full")
+    return None

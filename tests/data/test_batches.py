@@ -1,0 +1,244 @@
+"""Batches: shuffled windows as a pure function of (seed, step), and evaluation exactly once."""
+
+import dataclasses
+from itertools import pairwise
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hippocampus.data.batches import Batch, EvaluationWindows, ShuffledWindows, permute
+from hippocampus.errors import DataError
+
+KEYS = st.integers(0, 2**64 - 1)
+
+# Where the permutation is not one to one, its walk may never end.
+pytestmark = pytest.mark.timeout(30)
+
+
+def numbered(n):
+    """A text in which every id says where it stands."""
+    return np.arange(n, dtype=np.int32)
+
+
+def starts(windows, first, count):
+    """Where the sequences first .. first + count - 1 of the stream begin."""
+    steps = range(first // windows.batch_size, -(-(first + count) // windows.batch_size))
+    found = np.concatenate([windows.batch(step).tokens_BT[:, 0] for step in steps])
+    skipped = first - steps[0] * windows.batch_size
+    return found[skipped : skipped + count]
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("size", [4**half for half in range(2, 8)])
+def test_permutation_of_a_whole_domain_is_one_to_one(size):
+    assert np.array_equal(np.sort(permute(np.arange(size), size, 7)), np.arange(size))
+
+
+@given(size=st.integers(1, 3000), key=KEYS)
+def test_permutation_is_one_to_one(size, key):
+    assert np.array_equal(np.sort(permute(np.arange(size), size, key)), np.arange(size))
+
+
+@given(size=st.integers(2**31, 2**62), key=KEYS)
+def test_permutation_of_a_huge_size_stays_inside_and_distinct(size, key):
+    image = permute(np.arange(size - 500, size), size, key)
+    assert image.min() >= 0
+    assert image.max() < size
+    assert len(np.unique(image)) == 500
+
+
+@pytest.mark.parametrize("size", [2, 3, 7, 16, 17])
+def test_permutation_sends_every_point_everywhere_equally_often(size):
+    keys = np.arange(4000, dtype=np.uint64)
+    for index in range(size):
+        counts = np.bincount(permute(np.full(4000, index), size, keys), minlength=size)
+        expected = 4000 / size
+        assert np.abs(counts - expected).max() < 6 * expected**0.5
+
+
+def test_permutation_takes_a_key_for_each_index():
+    keys = np.array([3, 4, 5], np.uint64)
+    mixed = permute(np.array([[0, 1, 2], [6, 7, 8]]), 100, keys)
+    for column, key in enumerate(keys):
+        assert mixed[:, column].tolist() == [
+            permute(np.array(index), 100, key) for index in (column, column + 6)
+        ]
+
+
+@pytest.mark.parametrize("index", [-1, 10])
+def test_permutation_refuses_what_is_outside(index):
+    with pytest.raises(ValueError, match="below 10"):
+        permute(np.array([index]), 10, 0)
+
+
+@settings(max_examples=50)
+@given(
+    n=st.integers(2, 400),
+    context=st.integers(1, 40),
+    batch_size=st.integers(1, 30),
+    seed=st.integers(0, 2**32),
+    epoch=st.integers(0, 20),
+)
+def test_every_epoch_visits_disjoint_windows_that_cover_the_text_once(
+    n, context, batch_size, seed, epoch
+):
+    n = max(n, 2 * context)
+    windows = ShuffledWindows(numbered(n), context, batch_size, seed)
+    count = windows.windows_per_epoch
+    found = np.sort(starts(windows, epoch * count, count))
+    offset = found[0]
+    assert 0 <= offset < context
+    assert found.tolist() == [offset + i * context for i in range(count)]
+    # What lies before the offset or after the last window is less than two windows.
+    assert n - 1 - count * context < 2 * context
+
+
+def test_epochs_have_their_own_offset_and_order():
+    windows = ShuffledWindows(numbered(1000), context=8, batch_size=4, seed=0)
+    count = windows.windows_per_epoch
+    epochs = [starts(windows, e * count, count) for e in range(30)]
+    assert {int(e.min()) for e in epochs} == set(range(8))
+    orders = {tuple(e // 8) for e in epochs}
+    assert len(orders) == 30
+
+
+def test_seeds_have_their_own_stream():
+    streams = [starts(ShuffledWindows(numbered(1000), 8, 4, s), 0, 40) for s in range(5)]
+    assert len({tuple(s) for s in streams}) == 5
+
+
+def test_batch_is_a_pure_function_of_seed_and_step():
+    forwards = ShuffledWindows(numbered(500), 8, 6, seed=3)
+    there = [forwards.batch(step) for step in range(40)]
+    backwards = ShuffledWindows(numbered(500), 8, 6, seed=3)
+    for step in reversed(range(40)):
+        assert_same(backwards.batch(step), there[step])
+
+
+def test_stream_does_not_depend_on_the_batch_size():
+    streams = [
+        starts(ShuffledWindows(numbered(300), 8, b, seed=1), 0, 120) for b in (1, 7, 50, 120)
+    ]
+    for a, b in pairwise(streams):
+        assert np.array_equal(a, b)
+
+
+def test_stream_of_a_seed_is_the_same_in_every_version():
+    # A run resumed after an upgrade relies on these numbers: never update them lightly.
+    windows = ShuffledWindows(numbered(10_000), context=16, batch_size=8, seed=1234)
+    assert starts(windows, 0, 8).tolist() == [3746, 9650, 5394, 5730, 7074, 2562, 9970, 7618]
+    assert starts(windows, 5 * 624, 8).tolist() == [9030, 5654, 6806, 7318, 9110, 8502, 4022, 7990]
+
+
+def test_targets_are_the_next_ids_with_full_weight():
+    batch = ShuffledWindows(numbered(500), 8, 6, seed=0).batch(11)
+    assert batch.tokens_BT.shape == batch.targets_BT.shape == batch.loss_weight_BT.shape == (6, 8)
+    assert np.array_equal(batch.targets_BT, batch.tokens_BT + 1)
+    assert np.array_equal(np.diff(batch.tokens_BT), np.ones((6, 7)))
+    assert (batch.loss_weight_BT == 1).all()
+    assert (batch.tokens_BT.dtype, batch.loss_weight_BT.dtype) == (np.int32, np.float32)
+    assert batch.document_ids_BT is batch.positions_BT is batch.reset_B is None
+
+
+@pytest.mark.parametrize("rows", [slice(0, 3), slice(3, 8), slice(8, 9), slice(1, None, 2)])
+def test_rows_of_a_batch_are_the_slice_of_the_whole(rows):
+    windows = ShuffledWindows(numbered(100), 8, 9, seed=0)  # 9 rows straddle epochs of 11
+    for step in range(5):
+        whole = windows.batch(step)
+        assert_same(windows.batch(step, rows), jax.tree.map(lambda a: a[rows], whole))
+
+
+def test_shortest_text_has_one_window_in_every_epoch():
+    windows = ShuffledWindows(numbered(16), context=8, batch_size=3, seed=0)
+    assert windows.windows_per_epoch == 1
+    assert set(starts(windows, 0, 200)) == set(range(8))
+
+
+def test_text_shorter_than_a_window_is_an_error_with_the_numbers():
+    with pytest.raises(DataError, match=r"15 tokens, and windows of 8 need at least 16") as caught:
+        ShuffledWindows(numbered(15), context=8, batch_size=3, seed=0)
+    assert "data.context" in caught.value.hint
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_memory_map_gives_the_batches_of_the_array(tmp_path, dtype):
+    ids = numbered(1000) * 65
+    ids.astype(dtype).tofile(tmp_path / "ids.bin")
+    mapped = np.memmap(tmp_path / "ids.bin", dtype, mode="r")
+    batch = ShuffledWindows(mapped, 8, 4, seed=0).batch(5)
+    assert_same(batch, ShuffledWindows(ids, 8, 4, seed=0).batch(5))
+    assert batch.tokens_BT.dtype == np.int32
+    for a, b in zip(EvaluationWindows(mapped, 64, 4), EvaluationWindows(ids, 64, 4), strict=True):
+        assert_same(a, b)
+
+
+def test_batch_goes_through_jit_with_absent_fields_absent():
+    batch = ShuffledWindows(numbered(500), 8, 6, seed=0).batch(0)
+    out = jax.jit(lambda b: b.replace(tokens_BT=b.tokens_BT + 1))(batch)
+    assert isinstance(out, Batch)
+    assert np.array_equal(out.tokens_BT, batch.targets_BT)
+    assert out.document_ids_BT is None
+    assert len(jax.tree.leaves(batch)) == 3
+
+
+@given(
+    n=st.integers(2, 300),
+    context=st.integers(1, 40),
+    batch_size=st.integers(1, 12),
+)
+def test_evaluation_predicts_every_id_but_the_first_exactly_once(n, context, batch_size):
+    windows = EvaluationWindows(numbered(n) + 7, context, batch_size)
+    batches = list(windows)
+    assert len(batches) == len(windows)
+    assert all(b.tokens_BT.shape == (batch_size, context) for b in batches)
+    weight = np.concatenate([b.loss_weight_BT for b in batches])
+    tokens = np.concatenate([b.tokens_BT for b in batches])[weight == 1]
+    targets = np.concatenate([b.targets_BT for b in batches])[weight == 1]
+    assert set(np.unique(weight)) <= {0, 1}
+    assert windows.n_targets == weight.sum() == n - 1
+    assert np.array_equal(targets, numbered(n)[1:] + 7)
+    assert np.array_equal(tokens, targets - 1)
+
+
+@given(
+    n=st.integers(2, 300),
+    context=st.integers(1, 40),
+    batch_size=st.integers(1, 12),
+    max_windows=st.integers(1, 30),
+)
+def test_fewer_evaluation_windows_are_spread_evenly_over_the_text(
+    n, context, batch_size, max_windows
+):
+    every = EvaluationWindows(numbered(n), context, batch_size=1)
+    some = EvaluationWindows(numbered(n), context, batch_size, max_windows)
+    weight = np.concatenate([b.loss_weight_BT for b in some])
+    first = np.concatenate([b.tokens_BT for b in some])[weight[:, 0] == 1, 0]
+    assert len(first) == min(max_windows, len(every))
+    assert some.n_targets == weight.sum()
+    gaps = np.diff(np.append(first // context, len(every)))
+    assert (first % context == 0).all()
+    assert first[0] == 0
+    assert gaps.min() >= 1
+    assert gaps.max() - gaps.min() <= 1
+
+
+def test_evaluation_can_be_repeated():
+    windows = EvaluationWindows(numbered(100), 8, 3)
+    for a, b in zip(windows, windows, strict=True):
+        assert_same(a, b)
+
+
+def test_text_without_a_prediction_is_an_error():
+    with pytest.raises(DataError, match="has 1 tokens"):
+        EvaluationWindows(numbered(1), 8, 3)
+
+
+def test_windows_are_immutable():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ShuffledWindows(numbered(100), 8, 3, seed=0).seed = 1
