@@ -17,6 +17,9 @@ from hippocampus.errors import ConfigError
 PATHS = ("ssm", "hopfield", "attention")
 """Every path a block can have, in the order that gates, masks and probes use."""
 
+MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+"""The axes that devices are arranged along."""
+
 _LARGEST = 2**31 - 1
 
 
@@ -375,6 +378,12 @@ def check_together(config: Config) -> Config:
     if config.loss.rectified_flow.segment_weight and model.segments.train < 2:
         raise ConfigError("loss.rectified_flow.segment_weight needs model.segments.train of at "
                           "least 2", "it is the flow from the first pass to the last")
+    for pattern, axes in config.mesh.rules:
+        named = [axis.strip() for axis in axes.split(",") if axis.strip() != "-"]
+        if (unknown := set(named) - set(MESH_AXES)) or len(set(named)) < len(named):
+            wrong = f"the axis {sorted(unknown)[0]!r}" if unknown else "an axis twice"
+            raise ConfigError(f"mesh.rules names {wrong} for {pattern!r}",
+                              f"known: {', '.join(MESH_AXES)}, -; each once")
     if model.position == "learned" and 0 < model.max_length < config.data.context:
         raise ConfigError(f"model.max_length = {model.max_length} is less than data.context = "
                           f"{config.data.context}", "learned positions need a row per token")

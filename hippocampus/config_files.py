@@ -33,9 +33,7 @@ FORMAT = 1
 
 def defaults(family: str = "hybrid") -> ConfigDict:
     """The default config of a model family, locked: every field is there, none can be invented."""
-    if family not in FAMILIES:
-        raise ConfigError(f"model.family is {family!r}", _did_you_mean(family, FAMILIES))
-    values = dataclasses.asdict(Config(model=FAMILIES[family]()))
+    values = dataclasses.asdict(Config(model=_family_class(family)()))
     return ConfigDict(values).lock()
 
 
@@ -68,9 +66,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     """The checked config of a plain nested mapping (a ConfigDict's, or config.json's)."""
     model = values.get("model")
     family = model.get("family", "hybrid") if isinstance(model, Mapping) else "hybrid"
-    if family not in FAMILIES:
-        raise ConfigError(f"model.family is {family!r}", _did_you_mean(str(family), FAMILIES))
-    return check_together(_build(Config, values, "", {"model": FAMILIES[family]}))
+    return check_together(_build(Config, values, "", {"model": _family_class(family)}))
 
 
 def fields(config: Config) -> dict[str, Any]:
@@ -113,13 +109,13 @@ def check_value(field: str, value: Any, kind: Any, limits: Mapping[str, Any]) ->
     # bool is an int to Python; a config that says True for 1 is a mistake.
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is float:
-        good = is_number and math.isfinite(value)
+        good = is_number and _finite(value)
     elif kind is int:
         good = is_number and isinstance(value, int)
     else:
         good = isinstance(value, kind)
     if not good or not _within(value, limits):
-        hint = ""
+        hint = f"the field means: {limits['meaning']}"
         if limits.get("choices") and isinstance(value, str):
             hint = _did_you_mean(value, limits["choices"])
         raise ConfigError(f"{field} is {value!r}; it must be {allowed}", hint)
@@ -136,7 +132,7 @@ def parse_value(field: str, text: str, kind: Any) -> Any:
         if typing.get_origin(kind) is tuple:
             return _parse_tuple(text, typing.get_args(kind)[0])
         return kind(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         return text  # not of the type: check_value refuses it with the right words
 
 
@@ -145,16 +141,27 @@ def _parse_tuple(text: str, item: Any) -> tuple:
     if text.startswith(("(", "[")):
         value = ast.literal_eval(text)
         return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if typing.get_origin(item) is tuple:
+        raise ValueError("tuples of tuples need their brackets")
     items = [part.strip() for part in text.split(",") if part.strip()]
     return tuple(part if item is str else item(part) for part in items)
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def _check_tuple(field: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> tuple:
     items = typing.get_args(kind)
     if not isinstance(value, (tuple, list)):
-        raise ConfigError(f"{field} is {value!r}; it must be a tuple, such as (1, 2)")
+        raise ConfigError(f"{field} is {value!r}; it must be a tuple",
+                          f"the field means: {limits['meaning']}")
     if items[-1] is not Ellipsis and len(value) != len(items):
-        raise ConfigError(f"{field} has {len(value)} entries; it must have {len(items)}")
+        raise ConfigError(f"{field} has {len(value)} entries; it must have {len(items)}",
+                          f"the field means: {limits['meaning']}")
     kinds = [items[0]] * len(value) if items[-1] is Ellipsis else items
     checked = tuple(check_value(f"{field}[{i}]", v, k, limits)
                     for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
@@ -169,8 +176,8 @@ def _check_pattern(field: str, pattern: Any) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ConfigError(f"{field}: {pattern!r} is not a regular expression: "
-                              f"{error}") from None
+            raise ConfigError(f"{field}: {pattern!r} is not a regular expression",
+                              str(error)) from None
 
 
 def _within(value: Any, limits: Mapping[str, Any]) -> bool:
@@ -196,7 +203,8 @@ def _allowed(kind: Any, limits: Mapping[str, Any]) -> str:
 def _build(cls: type, values: Any, prefix: str, groups: Mapping[str, type]) -> Any:
     """The dataclass `cls` of a mapping, every key known and every value checked."""
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{prefix.rstrip('.')} is {values!r}; it must be a group of fields")
+        raise ConfigError(f"{prefix.rstrip('.')} is {values!r}; it must be a group of fields",
+                          _group_hint(prefix, cls))
     kinds = typing.get_type_hints(cls)
     arguments = {}
     for key, value in values.items():
@@ -213,6 +221,17 @@ def _build(cls: type, values: Any, prefix: str, groups: Mapping[str, type]) -> A
     return cls(**arguments)
 
 
+def _family_class(family: Any) -> type:
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ConfigError(f"model.family is {family!r}; it must be one of {', '.join(FAMILIES)}",
+                          _did_you_mean(str(family), FAMILIES))
+    return FAMILIES[family]
+
+
+def _group_hint(prefix: str, cls: Any) -> str:
+    return f"set one of them, such as {prefix}{dataclasses.fields(cls)[0].name}"
+
+
 def _override(values: dict, field: str, value: Any) -> None:
     """Sets `values["a"]["b"]` for the field "a.b"; the field must exist."""
     *groups, last = field.split(".")
@@ -221,17 +240,16 @@ def _override(values: dict, field: str, value: Any) -> None:
         kind = typing.get_type_hints(cls).get(group) if dataclasses.is_dataclass(cls) else None
         if kind is None:
             raise ConfigError(f"{field} is not a field", _nearest_field(field))
-        cls = FAMILIES.get(values["model"]["family"]) if group == "model" else kind
-        values = values[group]
-        if group == "model" and cls is None:
-            raise ConfigError(f"model.family is {values['family']!r}",
-                              _did_you_mean(str(values["family"]), FAMILIES))
+        values = values.setdefault(group, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{group} is {values!r}; it must be a group of fields",
+                              "start the config from defaults()")
+        cls = _family_class(values.get("family", "hybrid")) if group == "model" else kind
     kind = typing.get_type_hints(cls).get(last) if dataclasses.is_dataclass(cls) else None
     if kind is None:
         raise ConfigError(f"{field} is not a field", _nearest_field(field))
     if dataclasses.is_dataclass(kind):
-        raise ConfigError(f"{field} is a group of fields", f"set one of them, such as {field}."
-                          f"{dataclasses.fields(kind)[0].name}")
+        raise ConfigError(f"{field} is a group of fields", _group_hint(f"{field}.", kind))
     values[last] = parse_value(field, value, kind) if isinstance(value, str) else value
 
 
@@ -276,7 +294,8 @@ def _run_config_file(source: str) -> tuple[dict, str]:
         if get_config is None:
             raise ConfigError(f"{path} has no get_config()", "see configs/quickstart.py")
         if argument and not inspect.signature(get_config).parameters:
-            raise ConfigError(f"{path} takes no argument, got {argument!r}")
+            raise ConfigError(f"{path} takes no argument, got {argument!r}",
+                              f"--config={path}")
         config = get_config(argument) if argument else get_config()
     except HippocampusError:
         raise
@@ -290,14 +309,16 @@ def _run_config_file(source: str) -> tuple[dict, str]:
 
 def _config_file_error(path: Path, error: Exception) -> ConfigError:
     """One line for whatever a config file raised: the line it stands on, and its first sentence."""
-    own = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    # importlib compiles a file under its absolute path.
+    own = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+           if frame.filename == str(path.absolute())]
     line = own[-1] if own else getattr(error, "lineno", None)
     text = str(error.args[0] if error.args else error).strip().splitlines() or [""]
     unknown = re.search(r'Key "(\w+)" does not exist', text[0])
     if unknown:
         text, hint = [f"{unknown[1]} is not a field"], _nearest_field(unknown[1])
     else:
-        hint = ""
+        hint = "--debug shows the whole error"
     return ConfigError(f"{path}:{line}: {type(error).__name__}: {text[0]}", hint)
 
 

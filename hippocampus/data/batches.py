@@ -10,22 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import flax.struct
-import jax
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, Int64, Integer, UInt64
+from jaxtyping import Array, Bool, Float32, Int32, Int64, Integer, UInt64
 
 from hippocampus.errors import DataError
-
-Array = jax.Array | np.ndarray
 
 FEISTEL_ROUNDS = 6
 MIN_HALF_BITS = 2  # a network on fewer than 16 points reaches few of their permutations
 
 
 class Batch(flax.struct.PyTreeNode):
-    """What a model is trained or evaluated on in one step.
+    """What a model is trained or evaluated on in one step: NumPy on the host, JAX on a device.
 
     Attributes:
         tokens_BT: ids read.
@@ -195,7 +193,8 @@ class EvaluationWindows:
             window = self.ids[start : start + self.context + 1]
             n = len(window) - 1
             tokens[row, :n], targets[row, :n], weight[row, :n] = window[:-1], window[1:], 1
-        return Batch(tokens_BT=tokens, targets_BT=targets, loss_weight_BT=weight)
+        host: Any = (tokens, targets, weight)  # NumPy stands in until the batch is placed
+        return Batch(*host)
 
 
 def _feistel(x: np.ndarray, key: np.ndarray, half: np.uint64) -> np.ndarray:

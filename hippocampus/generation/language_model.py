@@ -105,7 +105,7 @@ class LanguageModel:
                   ("seed", seed, 0 <= seed < 2**32, "between 0 and 2**32 - 1"))
         for name, value, good, allowed in checks:
             if not good:
-                raise ConfigError(f"{name} is {value}; it must be {allowed}")
+                raise ConfigError(f"{name} is {value}", f"it must be {allowed}")
         ids = self.tokenizer.encode(prompt)
         if not len(ids):
             raise ConfigError("the prompt is empty", "give at least one character")
@@ -162,7 +162,7 @@ def load(path: str | Path, *, weights: str = "ema", step: int | None = None) -> 
     """
     folder = RunFolder(Path(path))
     if weights not in ("ema", "raw"):
-        raise ConfigError(f"weights is {weights!r}; it must be ema or raw")
+        raise ConfigError(f"weights is {weights!r}", "it must be ema or raw")
     if not folder.is_run():
         raise DataError(f"no run folder at {folder.path}", "train one with python -m "
                         "hippocampus.train --config=configs/quickstart.py")

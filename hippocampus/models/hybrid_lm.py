@@ -149,9 +149,10 @@ class HybridLM(nn.Module):
                         edit: Edit = no_edit) -> tuple[Array, dict[str, Array]]:
             block = HybridBlock(cfg, spec, self.dtype, edit, parent=None)
             rngs = {"dropout": layer["key"]} if "key" in layer else {}
-            return block.apply({"params": params}, x, document_ids_BT, positions_BT,
-                               layer.get("control"), layer.get("mask"), layer.get("override"),
-                               train=train, rngs=rngs)
+            result: Any = block.apply(
+                {"params": params}, x, document_ids_BT, positions_BT, layer.get("control"),
+                layer.get("mask"), layer.get("override"), train=train, rngs=rngs)
+            return result
 
         arrays = {"control": control_LBTP, "mask": interventions.path_mask_LP,
                   "override": interventions.gate_override_LP,

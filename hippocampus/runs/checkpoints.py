@@ -96,7 +96,8 @@ class Checkpoints:
             self._pending = self._orbax.save_checkpointables_async(
                 step, trees, metrics=metrics, force=True)
         if self._pending is None:
-            raise CheckpointError(f"step {step} was not saved: step {self.latest} is there already")
+            raise CheckpointError(f"step {step} was not saved: step {self.latest} is there already",
+                                  "is another process training in this folder?")
 
     def wait(self) -> None:
         """Blocks until the pending save is on disk."""

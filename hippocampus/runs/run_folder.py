@@ -20,6 +20,7 @@ from typing import Any, TextIO
 
 import jax
 
+from hippocampus.config_files import read_json
 from hippocampus.errors import ConfigError, DataError
 from hippocampus.files import write_atomically
 
@@ -69,11 +70,19 @@ class RunFolder:
 
         Raises:
           ConfigError: a file, somebody else's folder, or no permission.
+          DataError: a config.json that is not a run's.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"the run folder {self.path} is a file", "choose another --workdir")
-        if self.path.is_dir() and not self.is_run():
-            others = [p.name for p in self.path.iterdir() if p.name not in (".gitkeep", _LOCK)]
+        if self.is_run():
+            read_json(self.config)
+        elif self.path.is_dir():
+            names = {p.name for p in self.path.iterdir()}
+            others = names - {".gitkeep", _LOCK}
+            if _LOCK in names:  # a run that was killed before its config.json, written last
+                others = {name for name in others - {self.tokenizer.name, "data.json",
+                                                     self.environment.name}
+                          if not name.endswith(".partial")}
             if others:
                 raise ConfigError(f"{self.path} is not empty and not a run folder "
                                   f"(it holds {sorted(others)[0]})", "choose another --workdir")

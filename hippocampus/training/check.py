@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import jax
+import jax.numpy as jnp
 
 from hippocampus.config import Config
 from hippocampus.devices import resolve
@@ -45,6 +46,6 @@ def describe(config: Config) -> str:
 
 def _bytes(leaf: jax.ShapeDtypeStruct) -> int:
     """Of one device's share of an array."""
-    key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # two 32-bit words
-    shape = leaf.sharding.shard_shape(leaf.shape)  # type: ignore[union-attr]
+    key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # two 32-bit words
+    shape = leaf.sharding.shard_shape(leaf.shape)
     return math.prod(shape) * (8 if key else leaf.dtype.itemsize)

@@ -186,7 +186,7 @@ def _loop(run: Run, state: TrainState, done: int, stop: StopSignal) -> None:
         state, metrics = run.step_function(state, run.place(batches.batch(step)))
         _write_pending(run)
         n, last = step + 1, step + 1 == config.train.steps
-        if _due(n, config.log.every_steps) or last or step == done:
+        if _due(n, config.log.every_steps) or last or step == 0:
             run.pending = (n, metrics)
         interrupted = stop.received is not None
         eval_loss = None
@@ -199,16 +199,16 @@ def _loop(run: Run, state: TrainState, done: int, stop: StopSignal) -> None:
                 for name, values in gate_histograms(run.model, state.params,
                                                     run.place(batches.batch(step))).items():
                     run.trackers.histogram(n, name, values)
-        if _due(n, config.sample.every_steps):
+        if _due(n, config.sample.every_steps) and not last:  # the end has a sample of its own
             with run.clock.paused():
                 _sample(run, state, n)
         better = eval_loss is not None and eval_loss < run.best_loss
         if _due(n, config.checkpoint.every_steps) or better or last or interrupted:
+            _write_pending(run)  # a run killed after the save goes on behind this row
             with run.clock.paused():
                 run.checkpoints.save(n, state.trees(), eval_loss)
             run.best_loss = eval_loss if better and eval_loss is not None else run.best_loss
         if interrupted:
-            _write_pending(run)
             run.checkpoints.wait()
             assert stop.received is not None
             raise Stopped(f"{stop.received.name} at step {n}: everything is saved",

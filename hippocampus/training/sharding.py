@@ -13,11 +13,10 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from hippocampus.config import MeshConfig
+from hippocampus.config import MESH_AXES, MeshConfig
 from hippocampus.errors import ConfigError
 from hippocampus.training.optimizer import path_name
 
-AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp")
 
 
@@ -32,10 +31,12 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     data = len(devices) // fixed if config.data == -1 else config.data
     sizes = (data, config.fsdp, config.tensor, config.sequence)
     if data < 1 or int(np.prod(sizes)) != len(devices):
-        asked = " * ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+        asked = " * ".join(f"mesh.{axis}={size}"
+                           for axis, size in zip(MESH_AXES, sizes, strict=True))
         raise ConfigError(f"{asked} is not the number of devices, {len(devices)}",
                           "set mesh.data=-1 and axes that divide the number of devices")
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES),
+                         devices=devices)
 
 
 def check_batch(mesh: Mesh, batch_size: int, name: str, micro_batches: int = 1) -> None:
@@ -79,8 +80,6 @@ def _partition(mesh: Mesh, shape: tuple[int, ...], axes: list[str]) -> Partition
     parts = []
     for size, axis in zip(shape[len(whole):], axes, strict=True):
         axis = axis.strip()
-        if axis != "-" and axis not in AXES:
-            raise ConfigError(f"mesh.rules names the axis {axis!r}", f"known: {', '.join(AXES)}, -")
         parts.append(axis if axis != "-" and size % mesh.shape[axis] == 0 else None)
     return PartitionSpec(*whole, *parts)
 

@@ -83,17 +83,20 @@ def gate_sums(out: dict[str, Array], weight_BT: Float[Array, "B T"],
     for path in PATHS:
         layers = [(i, spec.paths.index(path)) for i, spec in enumerate(specs) if path in spec.paths]
         if layers:
-            sums[f"mixer/gate/{path}"] = sum(
-                (weight_BT * out[f"layers.{i}.mixer.gates"][..., p]).sum()
-                for i, p in layers) / len(layers)
-    sums["mixer/entropy"] = sum((weight_BT * out[f"layers.{i}.mixer.entropy"]).sum()
-                                for i in range(len(specs))) / len(specs)
+            sums[f"mixer/gate/{path}"] = _mean(
+                [(weight_BT * out[f"layers.{i}.mixer.gates"][..., p]).sum() for i, p in layers])
+    sums["mixer/entropy"] = _mean(
+        [(weight_BT * out[f"layers.{i}.mixer.entropy"]).sum() for i in range(len(specs))])
     depths = [i for i, spec in enumerate(specs) if "hopfield" in spec.paths]
     if depths:
-        sums["hopfield/depth"] = sum(
-            (weight_BT[..., None] * out[f"layers.{i}.hopfield.depth_gates"]
-             * jnp.arange(1, specs[i].depth + 1)).sum() for i in depths) / len(depths)
+        sums["hopfield/depth"] = _mean(
+            [(weight_BT[..., None] * out[f"layers.{i}.hopfield.depth_gates"]
+              * jnp.arange(1, specs[i].depth + 1)).sum() for i in depths])
     return jax.lax.stop_gradient(sums)
+
+
+def _mean(values: list[Array]) -> Array:
+    return jnp.stack(values).mean()
 
 
 def jit_train_step(step: TrainStep, mesh: Mesh, state_shardings: Any) -> TrainStep:

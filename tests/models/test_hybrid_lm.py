@@ -1,0 +1,408 @@
+"""The hybrid model: causal in every configuration, and its switches change what they should."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hippocampus.config import PATHS
+from hippocampus.data.batches import Batch
+from hippocampus.models.build_model import build_model, count_parameters, parameter_shapes
+from hippocampus.models.interventions import Interventions
+from hippocampus.testing import (
+    assert_close,
+    check_batch_invariance,
+    check_causality,
+    check_causality_by_gradient,
+    check_document_isolation,
+    pack,
+)
+
+B, T, D, V = 2, 24, 16, 31
+LENGTHS = (9, 1, 11)  # and three tokens of padding
+TOKENS = jax.random.randint(jax.random.key(0), (B, T), 0, V, jnp.int32)
+POSITIONS = jnp.broadcast_to(jnp.arange(T), (B, T))
+ONE = jnp.ones((B, T), jnp.int32)
+
+# Every value of every switch, and most pairs of them, in few models.
+CONFIGS = {
+    "all paths": {},
+    "all paths, R=3, both, stop, feedback, scan, remat, learned, untied": {
+        "model.segments.train": 3, "model.hopfield.patterns": "both",
+        "model.segments.gradient": "stop", "model.segments.feedback": True,
+        "model.scan_layers": True, "model.remat": "full", "model.position": "learned",
+        "model.tie_embeddings": False, "model.mlp.kind": "gelu"},
+    "ssm, R=1, no positions": {
+        "model.paths": ("ssm",), "model.segments.train": 1, "model.position": "none",
+        "model.scan_layers": True, "model.mlp.kind": "gelu"},
+    "hopfield, both, rope, rms, K=(3, 1)": {
+        "model.paths": ("hopfield",), "model.hopfield.patterns": "both",
+        "model.hopfield.rope": True, "model.hopfield.normalize": "rms",
+        "model.hopfield.step_size": 0.5, "model.hopfield.depth_schedule": (3, 1)},
+    "attention, R=3, grouped, window, feedback": {
+        "model.paths": ("attention",), "model.segments.train": 3,
+        "model.attention.n_kv_heads": 1, "model.attention.window": 4,
+        "model.position": "learned", "model.segments.feedback": True, "model.remat": "dots"},
+    "ssm + hopfield, diagonal, slots, stop, flow": {
+        "model.paths": ("ssm", "hopfield"), "model.ssm.kind": "diagonal",
+        "model.ssm.input_scale": True, "model.hopfield.patterns": "slots",
+        "model.segments.gradient": "stop", "loss.rectified_flow.segment_weight": 0.1},
+    "ssm + attention, R=1, sequential, remat dots, untied": {
+        "model.paths": ("ssm", "attention"), "model.segments.train": 1,
+        "model.ssm.backend": "sequential", "model.remat": "dots", "model.scan_layers": True,
+        "model.tie_embeddings": False},
+    "hopfield + attention, no positions, remat": {
+        "model.paths": ("hopfield", "attention"), "model.position": "none",
+        "model.attention.qk_norm": False, "model.remat": "full"},
+    "three layers of their own, dominant": {
+        "model.n_layers": 3, "model.layer_paths": ("attention", "ssm+attention", "ssm+hopfield"),
+        "model.ssm.dominant_from_layer": 1, "model.segments.feedback": True},
+    "three layers, first without ssm, scan, associative, R=3": {
+        "model.n_layers": 3, "model.ssm.first_layer": 1, "model.scan_layers": True,
+        "model.hopfield.depth_schedule": (2, 1, 1), "model.ssm.backend": "associative",
+        "model.segments.train": 3, "model.hopfield.patterns": "slots"},
+}
+
+
+@pytest.fixture(scope="module")
+def built(tiny_config, randomized):
+    """overrides -> (model, random parameters): zeros at the start would hide what they weigh."""
+    @functools.cache
+    def make(items):
+        model = build_model(tiny_config(dict(items)))
+        return model, randomized(first_parameters(model))
+
+    return lambda overrides=None: make(tuple((overrides or {}).items()))
+
+
+@functools.cache
+def first_parameters(model):
+    return jax.jit(lambda key: model.init(key, TOKENS)["params"])(jax.random.key(1))
+
+
+def batch_of(tokens, ids=None, positions=None):
+    return Batch(tokens, tokens, jnp.ones(tokens.shape), ids, positions)
+
+
+@functools.cache
+def forward(model):
+    """(params, tokens, ids, positions, interventions) -> (states of the passes B,T,R,D; logits)."""
+    @jax.jit
+    def run(params, tokens, ids=None, positions=None, interventions=Interventions()):  # noqa: B008
+        hidden, out, _ = model.apply({"params": params}, batch_of(tokens, ids, positions),
+                                     interventions=interventions, method="forward")
+        result = {"passes": jnp.moveaxis(out["segments.hidden"], 0, 2),
+                  "logits": model.head(params).logits(hidden)[..., :V]}
+        if "flow.skip_hidden" in out:
+            result["skip"] = out["flow.skip_hidden"]
+        return result
+
+    return run
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def differs(a, b):
+    return bool((np.asarray(a) != np.asarray(b)).any())
+
+
+# ---------------------------------------------------------------- invariants of every model
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_reads_the_past_of_its_own_row_and_document_only(name, built):
+    model, params = built(CONFIGS[name])
+    run, packed = functools.partial(forward(model), params), pack(LENGTHS, B, T)
+    check_causality(lambda tokens: run(tokens, ONE, POSITIONS), TOKENS, jit=False)
+    check_causality(lambda tokens: run(tokens, *packed), TOKENS, jit=False)
+    check_batch_invariance(lambda tokens: run(tokens, *packed), TOKENS, jit=False)
+    check_document_isolation(run, TOKENS, LENGTHS, n_operations=T * D * 8, jit=False)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_gradient_of_a_model_reaches_the_future(name, built):
+    model, params = built(CONFIGS[name])
+    ids, positions = pack(LENGTHS, 1, T)
+    tokens = jnp.arange(T)[None]  # every token has its own row of the table
+
+    def apply(x_BTD):
+        table = params["embedding"].at[:T].set(x_BTD[0])
+        _, out, _ = model.apply({"params": {**params, "embedding": table}},
+                                batch_of(tokens, ids, positions), method="forward")
+        return jnp.moveaxis(out["segments.hidden"], 0, 2)
+
+    check_causality_by_gradient(apply, params["embedding"][None, :T], positions=(0, 5, 8, 9, 23))
+
+
+@pytest.mark.parametrize("name", ["all paths", "ssm + attention, R=1, sequential, remat dots, "
+                                  "untied"])
+def test_rows_without_document_ids_are_rows_of_one_document(name, built):
+    model, params = built(CONFIGS[name])
+    assert_close(forward(model)(params, TOKENS), forward(model)(params, TOKENS, ONE, POSITIONS),
+                 n_operations=T * D)
+    check_causality(lambda tokens: forward(model)(params, tokens), TOKENS, jit=False)
+
+
+def test_positions_follow_from_document_ids(built):
+    model, params = built()
+    ids, positions = pack(LENGTHS, B, T)
+    assert_close(forward(model)(params, TOKENS, ids), forward(model)(
+        params, TOKENS, ids, positions), n_operations=T * D)
+
+
+# ---------------------------------------------------------------- switches that change no number
+
+@functools.cache
+def loss_and_gradient(model):
+    @jax.jit
+    def run(params):
+        def loss(params):
+            _, out, _ = model.apply({"params": params}, batch_of(TOKENS), method="forward")
+            states = out["segments.hidden"]
+            return (states * jax.random.normal(jax.random.key(3), states.shape)).sum()
+
+        return jax.value_and_grad(loss)(params)
+
+    return run
+
+
+@pytest.mark.parametrize("switch", [
+    {"model.remat": "dots"}, {"model.scan_layers": True},
+    {"model.scan_layers": True, "model.remat": "full"}])
+def test_remat_and_scan_change_no_value_and_no_gradient(switch, built):
+    overrides = {"model.n_layers": 3, "model.hopfield.depth_schedule": (1, 2, 2)}
+    plain, params = built(overrides)
+    switched, _ = built({**overrides, **switch})
+    assert_close(loss_and_gradient(switched)(params), loss_and_gradient(plain)(params),
+                 n_operations=T * D * 8)
+
+
+def test_scanned_and_unrolled_models_start_with_the_same_bits(built):
+    plain, scanned = built()[0], built({"model.scan_layers": True})[0]
+    assert_same(first_parameters(plain), first_parameters(scanned))
+
+
+def test_parameters_lie_as_one_tree_per_layer(built):
+    params = built({"model.scan_layers": True})[1]
+    assert set(params) == {"embedding", "layers_0", "layers_1", "norm_out", "reasoner"}
+    assert set(params["layers_0"]) == {"norm_paths", "ssm", "hopfield", "attention", "mixer",
+                                       "norm_mlp", "mlp"}
+    shapes = [jax.tree.map(jnp.shape, params[f"layers_{i}"]) for i in range(2)]
+    assert shapes[0] == shapes[1]
+    assert differs(first_parameters(built()[0])["layers_0"]["mlp"]["up"]["kernel"],
+                   first_parameters(built()[0])["layers_1"]["mlp"]["up"]["kernel"])
+
+
+def test_bfloat16_keeps_parameters_and_logits_in_float32(built):
+    model, params = built({"model.compute_dtype": "bfloat16"})
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
+    result = forward(model)(params, TOKENS)
+    assert result["logits"].dtype == jnp.float32 and result["passes"].dtype == jnp.bfloat16
+    assert np.isfinite(result["logits"]).all()
+    expected = forward(built()[0])(params, TOKENS)["logits"]
+    off = np.abs(result["logits"] - expected).mean() / np.abs(expected).mean()
+    assert off < 0.05
+
+
+# ---------------------------------------------------------------- the public call
+
+def test_the_public_call_gives_the_logits_of_the_vocabulary_deterministically(built):
+    model, params = built()
+    apply = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens)[0])
+    logits = apply(params, TOKENS)
+    assert logits.shape == (B, T, V) and logits.dtype == jnp.float32
+    assert np.isfinite(logits).all()
+    np.testing.assert_array_equal(logits, apply(params, TOKENS))
+    assert_close(logits, forward(model)(params, TOKENS)["logits"], n_operations=T * D)
+
+
+@pytest.mark.parametrize(("tied", "tables"), [(True, 1), (False, 2)])
+def test_padding_of_the_tables_is_not_counted(tied, tables, built):
+    model, _ = built({"model.tie_embeddings": tied})
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in
+              jax.tree_util.tree_leaves_with_path(parameter_shapes(model))}
+    padded = {name for name, leaf in leaves.items() if leaf.shape == (128, D)}
+    assert len(padded) == tables
+    others = sum(leaf.size for name, leaf in leaves.items() if name not in padded)
+    assert count_parameters(model) == others + tables * V * D
+
+
+def compiled(model, params, names, T=64):
+    tokens = jnp.zeros((1, T), jnp.int32)
+
+    def run(params, tokens):
+        logits, out = model.apply({"params": params}, tokens)
+        return logits, {name: out[name] for name in names}
+
+    return jax.jit(run).lower(params, tokens).compile()
+
+
+def test_intermediates_that_nobody_reads_cost_nothing(built):
+    overrides = {"model.paths": ("hopfield",), "model.n_layers": 1, "model.segments.train": 1}
+    model, params = built(overrides)
+
+    class Lean(type(model)):  # the same model, whose `out` is thrown away inside
+        def __call__(self, tokens):
+            return super().__call__(tokens)[0], {}
+
+    plain = compiled(model, params, ())
+    lean = compiled(Lean(model.config), params, ())
+    full = compiled(model, params, ("layers.0.hopfield.energy",))
+
+    def flops(program):
+        cost = program.cost_analysis()
+        return (cost[0] if isinstance(cost, list) else cost)["flops"]
+
+    assert flops(plain) == flops(lean)
+    assert flops(full) > 1.1 * flops(plain)
+
+
+# ---------------------------------------------------------------- segments
+
+def test_the_second_pass_starts_as_a_copy_of_the_first(built):
+    for overrides in ({}, {"model.segments.feedback": True, "model.segments.train": 3}):
+        model, _ = built(overrides)
+        passes = forward(model)(first_parameters(model), TOKENS)["passes"]
+        for r in range(1, passes.shape[2]):
+            assert_close(passes[:, :, r], passes[:, :, 0], n_operations=T * D)
+
+
+def test_later_passes_differ_once_the_controller_speaks(built):
+    passes = np.asarray(forward(built()[0])(built()[1], TOKENS)["passes"])
+    assert np.abs(passes[:, :, 1] - passes[:, :, 0]).max() > 1e-3
+
+
+def test_any_number_of_passes_can_be_chosen_and_compiles_once(built):
+    model, params = built()
+    states = {r: forward(built({"model.segments.train": r})[0])(
+        {k: v for k, v in params.items() if r > 1 or k != "reasoner"}, TOKENS) for r in (1, 2, 3)}
+    traces = []
+
+    @jax.jit
+    def run(segments):
+        traces.append(0)
+        hidden, _, _ = model.apply({"params": params}, batch_of(TOKENS), method="forward",
+                                   interventions=Interventions(segments=segments))
+        return hidden
+
+    for r, result in states.items():
+        assert_close(run(jnp.asarray(r)), result["passes"][:, :, -1], n_operations=T * D)
+    assert len(traces) == 1
+    assert differs(run(jnp.asarray(2)), run(jnp.asarray(3)))
+
+
+def test_stop_lets_no_gradient_into_the_first_pass(built):
+    """A loss of the last pass only: through the controller, or not at all."""
+    def gradients(mode):
+        model, params = built({"model.segments.gradient": mode})
+
+        @jax.jit
+        def gradient(params):
+            def loss(offset):
+                # An offset that only the first pass sees.
+                edited = model.clone(edit=lambda name, value: value + offset
+                                     if name == "segments.0.hidden" else value)
+                hidden, _, _ = edited.apply({"params": params}, batch_of(TOKENS),
+                                            method="forward")
+                return (hidden * jax.random.normal(jax.random.key(3), hidden.shape)).sum()
+
+            return jax.grad(loss)(jnp.zeros((B, T, D)))
+
+        def total(params):
+            hidden, _, _ = model.apply({"params": params}, batch_of(TOKENS), method="forward")
+            return (hidden * jax.random.normal(jax.random.key(3), hidden.shape)).sum()
+
+        return gradient(params), jax.jit(jax.grad(total))(params)
+
+    (into_stopped, stopped), (into_full, full) = gradients("stop"), gradients("full")
+    assert not np.asarray(into_stopped).any()
+    assert np.asarray(into_full).any()
+    # The controller itself learns either way, the layers differently.
+    for tree in (stopped, full):
+        assert np.asarray(tree["reasoner"]["controller"]["out"]["kernel"]).any()
+    assert_close(stopped["reasoner"], full["reasoner"], n_operations=T * D * 8)
+    assert np.abs(stopped["layers_0"]["mlp"]["up"]["kernel"]
+                  - full["layers_0"]["mlp"]["up"]["kernel"]).max() > 1e-4
+
+
+# ---------------------------------------------------------------- interventions
+
+L, P = 2, len(PATHS)
+NEUTRAL_ARRAYS = Interventions(jnp.ones((L, P)), -jnp.ones((L, P)), jnp.asarray(2))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_arrays_that_change_nothing_give_the_bits_of_the_plain_run(scan, built):
+    model, params = built({"model.scan_layers": scan, "model.segments.eval": 2})
+    plain = forward(model)(params, TOKENS)
+    neutral = forward(model)(params, TOKENS, interventions=NEUTRAL_ARRAYS)
+    np.testing.assert_array_equal(plain["logits"], neutral["logits"])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_masked_path_is_gone(path, built):
+    model, params = built()
+    mask = jnp.ones((L, P)).at[1, PATHS.index(path)].set(0)
+    run = functools.partial(forward(model), interventions=Interventions(path_mask_LP=mask))
+
+    def shaken(layer):
+        own = params[layer][path]
+        return {**params, layer: {**params[layer], path: jax.tree.map(lambda a: a + 0.5, own)}}
+
+    masked = run(params, TOKENS)
+    assert_same(masked, run(shaken("layers_1"), TOKENS))
+    assert differs(masked["logits"], run(shaken("layers_0"), TOKENS)["logits"])
+    assert differs(masked["logits"], forward(model)(params, TOKENS)["logits"])
+
+
+def test_an_overridden_gate_is_the_one_that_counts(built):
+    model, params = built()
+    gate = jnp.asarray([[1.0, 0.0, 0.0], [-1.0, -1.0, -1.0]])
+
+    @jax.jit
+    def run(params):
+        _, out, _ = model.apply({"params": params}, batch_of(TOKENS), method="forward",
+                                interventions=Interventions(gate_override_LP=gate))
+        return out["layers.0.mixer.gates"], out["layers.1.mixer.gates"]
+
+    first, second = run(params)
+    np.testing.assert_array_equal(first, np.broadcast_to(gate[0], (B, T, P)))
+    assert differs(second, np.broadcast_to(second[0, 0], (B, T, P)))
+
+
+def test_a_layer_without_a_path_ignores_its_entries(built):
+    model, params = built({"model.layer_paths": ("attention", "ssm+attention")})
+    mask = jnp.ones((L, P)).at[0, 0].set(0).at[:, 1].set(0)
+    run = forward(model)
+    assert_same(run(params, TOKENS, interventions=Interventions(path_mask_LP=jnp.ones((L, P)))),
+                run(params, TOKENS, interventions=Interventions(path_mask_LP=mask)))
+
+
+def test_the_gate_of_the_state_space_path_starts_at_its_dominance(built):
+    model, _ = built({"model.ssm.dominant_from_layer": 1, "model.ssm.dominance": 0.7})
+
+    @jax.jit
+    def gates(params):
+        _, out = model.apply({"params": params}, TOKENS)
+        return out["layers.0.mixer.gates"], out["layers.1.mixer.gates"]
+
+    first, second = gates(first_parameters(model))
+    assert_close(first, np.full((B, T, P), 1 / 3))
+    assert_close(second, np.broadcast_to([0.7, 0.15, 0.15], (B, T, P)))
+
+
+def test_dropout_acts_in_training_only(built):
+    model, params = built({"model.dropout": 0.5, "model.mixer.path_dropout": 0.5})
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def run(key, train):
+        return model.apply({"params": params}, batch_of(TOKENS), train=train, method="forward",
+                           rngs={"dropout": key})[0]
+
+    keys = jax.random.key(1), jax.random.key(2)
+    assert not differs(run(keys[0], False), run(keys[1], False))
+    assert differs(run(keys[0], True), run(keys[1], True))
+    assert not differs(run(keys[0], True), run(keys[0], True))

@@ -1,0 +1,166 @@
+"""Cross-entropy against its formulas in float64: values, gradients, padding, both backends."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hippocampus.errors import ConfigError
+from hippocampus.ops import cross_entropy as module
+from hippocampus.ops.cross_entropy import Head, cross_entropy, token_nll
+from hippocampus.testing import assert_close
+
+B, T, D, V, ROWS = 2, 11, 6, 7, 10  # 10 rows of which 7 are ids
+SETTINGS = {
+    "plain": {},
+    "smoothing": {"smoothing": 0.2},
+    "z": {"z_weight": 0.1},
+    "all": {"smoothing": 0.1, "z_weight": 0.01},
+}
+
+
+def inputs(seed=0):
+    rng = np.random.default_rng(seed)
+    hidden = rng.normal(size=(B, T, D)).astype(np.float32)
+    weight = rng.normal(size=(ROWS, D)).astype(np.float32)
+    bias = rng.normal(size=ROWS).astype(np.float32)
+    targets = rng.integers(0, V, (B, T)).astype(np.int32)
+    token_weight = rng.choice([0.0, 0.5, 1.0], (B, T)).astype(np.float32)
+    return hidden, weight, bias, targets, token_weight
+
+
+def reference(hidden, weight, bias, targets, token_weight, *, softcap=0.0, smoothing=0.0,
+              z_weight=0.0):
+    """Loss, terms and the gradients by hand (hidden, weight, bias) in float64."""
+    hidden, weight, bias = (np.asarray(a, np.float64) for a in (hidden, weight, bias))
+    raw = hidden @ weight[:V].T + bias[:V]
+    logits = softcap * np.tanh(raw / softcap) if softcap else raw
+    log_z = np.log(np.exp(logits).sum(-1))
+    log_p = logits - log_z[..., None]
+    one_hot = np.eye(V)[targets]
+    nll, uniform = -(one_hot * log_p).sum(-1), -log_p.mean(-1)
+    terms = {"nll": (token_weight * nll).sum(), "z": (token_weight * log_z**2).sum(),
+             "smoothing": (token_weight * uniform).sum() if smoothing else 0.0}
+    loss = ((1 - smoothing) * terms["nll"] + smoothing * terms["smoothing"]
+            + z_weight * terms["z"])
+    p = np.exp(log_p)
+    d_logits = p - (1 - smoothing) * one_hot - smoothing / V + 2 * z_weight * log_z[..., None] * p
+    d_raw = token_weight[..., None] * d_logits * (1 - (logits / softcap) ** 2 if softcap else 1)
+    d_weight, d_bias = np.zeros_like(weight), np.zeros_like(bias)
+    d_weight[:V] = np.einsum("btv,btd->vd", d_raw, hidden)
+    d_bias[:V] = d_raw.sum((0, 1))
+    return loss, terms, (d_raw @ weight[:V], d_weight, d_bias)
+
+
+@functools.cache
+def value_and_gradients(settings, backend, softcap):
+    @jax.jit
+    def run(hidden, weight, bias, targets, token_weight):
+        def loss(hidden, weight, bias):
+            return cross_entropy(hidden, Head(weight, bias, softcap, V), targets, token_weight,
+                                 backend=backend, **SETTINGS[settings])
+
+        (value, terms), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(
+            hidden, weight, bias)
+        return value, terms, gradients
+
+    return run
+
+
+@pytest.mark.parametrize("backend", ["full", "chunked"])
+@pytest.mark.parametrize(("settings", "softcap"), [
+    ("plain", 0.0), ("smoothing", 0.0), ("z", 0.0), ("all", 0.0), ("all", 3.0)])
+def test_loss_terms_and_gradients_are_those_of_the_formulas(settings, softcap, backend,
+                                                            monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK_TOKENS", 8)  # chunks of 4 tokens, the last one of 3
+    actual = value_and_gradients(settings, backend, softcap)(*inputs())
+    expected = reference(*inputs(), softcap=softcap, **SETTINGS[settings])
+    assert_close(actual, expected, n_operations=B * T * V)
+
+
+@pytest.mark.parametrize("backend", ["full", "chunked"])
+def test_rows_that_pad_the_vocabulary_have_no_part_in_anything(backend):
+    hidden, weight, *rest = inputs()
+    run = value_and_gradients("all", backend, 0.0)
+    plain = run(hidden, weight, *rest)
+    padded = weight.copy()
+    padded[V:] = 100.0
+    loud = run(hidden, padded, *rest)
+    jax.tree.map(np.testing.assert_array_equal, plain, loud)
+    assert not np.asarray(plain[2][1])[V:].any()
+    assert np.asarray(plain[2][1])[:V].any()
+
+
+@pytest.mark.parametrize("backend", ["full", "chunked"])
+def test_tokens_of_weight_zero_are_not_counted(backend):
+    hidden, weight, bias, targets, token_weight = inputs()
+    run = value_and_gradients("all", backend, 0.0)
+    out = (token_weight == 0)
+    assert out.any()
+    plain = run(hidden, weight, bias, targets, token_weight)
+    changed = run(hidden, weight, bias, np.where(out, (targets + 1) % V, targets), token_weight)
+    jax.tree.map(np.testing.assert_array_equal, plain, changed)
+    assert not np.asarray(plain[2][0])[out].any()
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 6, 22, 4096])
+def test_any_chunk_size_gives_the_same_sums(chunk_tokens, monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK_TOKENS", chunk_tokens)
+    hidden, weight, bias, targets, token_weight = inputs()
+    loss, _ = cross_entropy(hidden, Head(weight, bias, 0.0, V), targets, token_weight,
+                            smoothing=0.1, backend="chunked")
+    expected, *_ = reference(hidden, weight, bias, targets, token_weight, smoothing=0.1)
+    assert_close(loss, expected, n_operations=B * T * V)
+
+
+def test_the_terms_have_no_gradient():
+    hidden, weight, bias, targets, token_weight = inputs()
+
+    def terms(hidden):
+        return sum(jax.tree.leaves(cross_entropy(
+            hidden, Head(weight, bias, 0.0, V), targets, token_weight, smoothing=0.1)[1]))
+
+    assert not np.asarray(jax.grad(terms)(hidden)).any()
+
+
+def test_the_nll_of_each_token_adds_up_to_the_loss():
+    hidden, weight, bias, targets, token_weight = inputs()
+    head = Head(weight, bias, 2.0, V)
+    nll = token_nll(hidden, head, targets)
+    assert nll.shape == (B, T)
+    loss, _ = cross_entropy(hidden, head, targets, token_weight)
+    assert_close((nll * token_weight).sum(), loss, n_operations=B * T)
+
+
+def test_logits_of_padding_are_minus_infinity_and_a_softcap_bounds_the_others():
+    hidden, weight, *_ = inputs()
+    logits = np.asarray(Head(weight * 100, None, 5.0, V).logits(hidden))
+    assert (logits[..., V:] == -np.inf).all()
+    assert np.abs(logits[..., :V]).max() <= 5.0
+    assert np.isfinite(Head(weight).logits(hidden)).all()  # no vocabulary size: nothing is padding
+
+
+def test_bfloat16_states_give_float32_logits_and_loss():
+    hidden, weight, bias, targets, token_weight = inputs()
+    head = Head(weight, bias, 0.0, V)
+    hidden = jnp.asarray(hidden, jnp.bfloat16)
+    assert head.logits(hidden).dtype == jnp.float32
+    loss, _ = cross_entropy(hidden, head, targets, token_weight)
+    expected, *_ = reference(hidden.astype(np.float32), weight, bias, targets, token_weight)
+    assert loss.dtype == jnp.float32
+    assert_close(loss, expected, dtype=jnp.bfloat16)
+
+
+def test_very_large_logits_stay_finite():
+    hidden, weight, bias, targets, token_weight = inputs()
+    loss, _ = cross_entropy(hidden * 1e4, Head(weight, bias, 0.0, V), targets, token_weight,
+                            smoothing=0.1)
+    assert np.isfinite(loss)
+
+
+def test_an_unknown_backend_is_refused_with_the_known_ones():
+    hidden, weight, _, targets, token_weight = inputs()
+    with pytest.raises(ConfigError, match="full, chunked"):
+        cross_entropy(hidden, Head(weight), targets, token_weight, backend="fused")

@@ -1,0 +1,34 @@
+"""The signatures that later parts of the project and other people's code call."""
+
+import inspect
+
+import pytest
+
+from hippocampus.ops import attention, cross_entropy, hopfield, linear_scan
+
+FROZEN = {
+    linear_scan.linear_scan:
+        "(a_BTE, x_BTE, h0_BE=None, reset_BT=None, *, backend='associative')",
+    attention.attention:
+        "(q_BTHd, k_BTGd, v_BTGd, *, document_ids=None, window=0, scale=None, backend='xla')",
+    cross_entropy.cross_entropy:
+        "(hidden_BTD, head, targets_BT, weight_BT, *, smoothing=0.0, z_weight=0.0, "
+        "backend='full')",
+    cross_entropy.Head: "(weight_VD, bias_V=None, softcap=0.0, vocab_size=0)",
+    hopfield.retrieve:
+        "(xi_BTHd, keys_BTHd, slots_SHd, beta_H, *, alpha=1.0, document_ids=None, "
+        "backend='xla')",
+    hopfield.energy: "(xi_BTHd, keys_BTHd, slots_SHd, beta_H, document_ids=None)",
+}
+
+
+@pytest.mark.parametrize("function", FROZEN, ids=lambda function: function.__name__)
+def test_the_signature_is_the_frozen_one(function):
+    signature = inspect.signature(function)
+    bare = signature.replace(
+        parameters=[p.replace(annotation=p.empty) for p in signature.parameters.values()],
+        return_annotation=signature.empty)
+    assert str(bare) == FROZEN[function], (
+        f"{function.__module__}.{function.__name__} is frozen: kernels, caches and adapters of "
+        "later parts are written against it. Add a keyword with a default at the end if you must, "
+        "and change this table with it")

@@ -1,0 +1,119 @@
+"""The table that says what suits each kind of device, and what "auto" becomes."""
+
+import dataclasses
+
+import pytest
+
+from hippocampus.config_files import defaults, load_config
+from hippocampus.devices import Choice, Device, choose, resolve, this_device
+from hippocampus.errors import ConfigError
+
+CPU = Device("cpu", "cpu")
+T4 = Device("gpu", "Tesla T4", 7.5)
+A100 = Device("gpu", "NVIDIA A100-SXM4-40GB", 8.0)
+H100 = Device("gpu", "NVIDIA H100 80GB HBM3", 9.0)
+V5E = Device("tpu", "TPU v5 lite")
+
+
+@pytest.mark.parametrize(("device", "dtype", "attention"), [
+    (CPU, "float32", "xla"),
+    (T4, "float32", "xla"),
+    (Device("gpu", "Tesla V100-SXM2-16GB", 7.0), "float32", "xla"),
+    (Device("gpu", "NVIDIA GeForce RTX 3090", 8.6), "bfloat16", "cudnn"),
+    (A100, "bfloat16", "cudnn"), (H100, "bfloat16", "cudnn"),
+    (Device("gpu", "NVIDIA L4", 8.9), "bfloat16", "cudnn"),
+    (Device("gpu", "NVIDIA B200", 10.0), "bfloat16", "cudnn"),
+    (Device("tpu", "TPU v2"), "bfloat16", "xla"), (V5E, "bfloat16", "xla"),
+    (Device("tpu", "TPU v9 of the future"), "bfloat16", "xla"),
+])
+def test_dtype_and_attention_of_a_device(device, dtype, attention):
+    choice = choose(device)
+    assert (choice.compute_dtype, choice.attention) == (dtype, attention)
+    assert choice.scan in ("sequential", "associative", "chunked")
+
+
+@pytest.mark.parametrize(("device", "tera_flops"), [
+    (Device("tpu", "TPU v2"), 22.5), (Device("tpu", "TPU v3"), 61.5),
+    (Device("tpu", "TPU v4"), 275), (Device("tpu", "TPU v5 lite"), 197),
+    (Device("tpu", "TPU v5e"), 197),
+    (Device("tpu", "TPU v5p"), 459), (Device("tpu", "TPU v5"), 459),
+    (Device("tpu", "TPU v6 lite"), 918), (Device("tpu", "TPU v6e"), 918),
+    (T4, 8.1), (A100, 312), (H100, 989), (Device("gpu", "NVIDIA H200", 9.0), 989),
+    (Device("gpu", "NVIDIA L4", 8.9), 121),
+    (Device("gpu", "NVIDIA L40S", 8.9), 0), (Device("tpu", "TPU v9 of the future"), 0), (CPU, 0),
+])
+def test_peak_of_a_device(device, tera_flops):
+    assert choose(device).peak_flops == pytest.approx(tera_flops * 1e12)
+
+
+@pytest.mark.parametrize("device", [Device("metal", "Apple M3"), Device(""),
+                                    Device("npu", "H100")])
+def test_unknown_platform_gets_what_is_portable(device):
+    assert choose(device) == choose(CPU) == Choice("float32", "xla", "chunked")
+
+
+def test_this_device_is_in_the_table_as_jax_names_it():
+    import jax
+
+    device = this_device()
+    assert device.platform in ("cpu", "gpu", "tpu")
+    assert device.kind == jax.devices()[0].device_kind
+
+
+def test_automatic_fields_are_decided_and_reported():
+    config, decided = resolve(load_config(defaults()), H100)
+    assert set(decided) == {"model.compute_dtype", "model.attention.backend", "model.ssm.backend",
+                            "loss.backend"}
+    assert config.model.compute_dtype == "bfloat16"
+    assert config.model.attention.backend == "cudnn"
+    assert config.model.ssm.backend == "associative"
+    assert config.loss.backend == "full"
+
+
+def test_nothing_is_automatic_after_resolving():
+    config, _ = resolve(load_config(defaults()), CPU)
+    assert resolve(config, CPU) == (config, ())
+    assert "auto" not in str(dataclasses.asdict(config))
+
+
+def test_explicit_values_are_left_alone():
+    asked = load_config(defaults(), {
+        "model.compute_dtype": "float16", "model.attention.backend": "xla",
+        "model.ssm.backend": "sequential", "loss.backend": "chunked"})
+    config, decided = resolve(asked, H100)
+    assert decided == ()
+    assert dataclasses.replace(config.model, max_length=0) == asked.model
+    assert config.loss == asked.loss
+
+
+def test_what_was_automatic_elsewhere_is_decided_anew():
+    there, decided = resolve(load_config(defaults(), {"model.ssm.backend": "sequential"}), H100)
+    here, again = resolve(there, CPU, automatic=decided)
+    assert here.model.compute_dtype == "float32" and here.model.attention.backend == "xla"
+    assert here.model.ssm.backend == "sequential" and set(again) == set(decided)
+
+
+@pytest.mark.parametrize("device", [CPU, T4, V5E, Device("metal", "Apple M3")])
+def test_cudnn_is_refused_where_there_is_none(device):
+    asked = load_config(defaults(), {"model.attention.backend": "cudnn"})
+    with pytest.raises(ConfigError, match=r"^model\.attention\.backend is cudnn on "):
+        resolve(asked, device)
+
+
+def test_cudnn_is_taken_where_there_is_one():
+    asked = load_config(defaults(), {"model.attention.backend": "cudnn"})
+    assert resolve(asked, A100)[0].model.attention.backend == "cudnn"
+
+
+@pytest.mark.parametrize(("vocab_size", "backend"), [(256, "full"), (8192, "full"),
+                                                     (8193, "chunked"), (32_000, "chunked")])
+def test_loss_of_a_large_vocabulary_is_chunked(vocab_size, backend):
+    config = load_config(defaults(), {"model.vocab_size": vocab_size})
+    assert resolve(config, CPU)[0].loss.backend == backend
+
+
+def test_position_table_gets_a_row_per_token_of_the_context():
+    config = load_config(defaults(), {"data.context": 96})
+    assert resolve(config, CPU)[0].model.max_length == 96
+    longer = load_config(defaults(), {"data.context": 96, "model.max_length": 200})
+    assert resolve(longer, CPU)[0].model.max_length == 200
