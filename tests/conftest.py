@@ -48,15 +48,43 @@ def tiny_config() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def randomized() -> Callable[[Any], Any]:
-    """A function params -> params + noise: what starts at zero would hide what it does."""
+def random_parameters() -> Callable[..., Any]:
+    """A function model -> parameters drawn at random: what starts at zero would hide what it does.
+
+    Made without compiling the model's own initialisation, of about its size.
+    """
+    import numpy as np
+
+    from hippocampus.models.build_model import parameter_shapes
+
+    def draw(path: tuple, leaf: Any, rng: np.random.Generator) -> np.ndarray:
+        name, noise = path[-1].key, rng.normal(size=leaf.shape)
+        if name in ("kernel", "embedding", "head", "output_kernel"):
+            fan_in = leaf.shape[0 if name == "kernel" and len(leaf.shape) == 2 else -1]
+            noise = noise * fan_in**-0.5
+        elif name in ("scale", "skip", "input_scale", "input_kernel"):
+            noise = 1 + 0.1 * noise
+        elif name == "log_decay":
+            noise = rng.uniform(-5, -1, leaf.shape)
+        elif name not in ("slots", "time_kernel"):
+            noise = 0.3 * noise
+        return noise.astype(leaf.dtype)
+
+    def make(model: Any, seed: int = 0) -> Any:
+        import jax
+
+        rng = np.random.default_rng(seed)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: jax.numpy.asarray(draw(path, leaf, rng)), parameter_shapes(model))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def quick_compiles(request):
+    """Compiles with few optimisations, in half the time; as usual with --full."""
     import jax
 
-    def shake(params: Any, size: float = 0.1, seed: int = 0) -> Any:
-        leaves, form = jax.tree.flatten(params)
-        keys = jax.random.split(jax.random.key(seed), len(leaves))
-        return jax.tree.unflatten(form, [
-            leaf + size * jax.random.normal(key, leaf.shape, leaf.dtype)
-            for leaf, key in zip(leaves, keys, strict=True)])
-
-    return jax.jit(shake, static_argnames=("size", "seed"))
+    jax.config.update("jax_disable_most_optimizations", not request.config.getoption("--full"))
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -16,6 +16,8 @@ from hippocampus.testing import (
     tolerance,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 B, T, D = 3, 12, 4
 X = jax.random.normal(jax.random.key(0), (B, T, D))
 TOKENS = jax.random.randint(jax.random.key(1), (B, T), 0, 7)

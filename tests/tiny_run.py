@@ -13,6 +13,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ("the", "a", "cat", "dog", "sat", "on", "mat", "and", "ran", "to", "house", "big", "small")
 
+PATHS = ("hopfield", "attention")
+"""Of the model of `trained`."""
+
 TINY: dict[str, Any] = {
     "name": "tiny", "data.context": 16, "model.d_model": 16, "model.n_layers": 1,
     "model.n_heads": 2, "model.mixer.width": 8, "model.mlp.width": 16,
@@ -52,13 +55,12 @@ def config(**changes: Any) -> Any:
 
 @functools.cache
 def trained() -> Path:
-    """A finished run with all three paths that evaluated, sampled and saved on its way."""
+    """A finished run that evaluated, sampled and saved on its way."""
     from hippocampus.training.loop import fit
 
     return fit(config(
-        model__paths=("ssm", "hopfield", "attention"), model__hopfield__depth_schedule=(2,),
-        model__ssm__backend="sequential", train__steps=12, eval__every_steps=4,
-        checkpoint__every_steps=5, checkpoint__keep_latest=1, checkpoint__keep_best=1,
+        model__paths=PATHS, model__hopfield__depth_schedule=(2,), train__steps=12,
+        eval__every_steps=4, checkpoint__every_steps=5, checkpoint__keep_latest=1,
         log__histogram_every_steps=6, sample__every_steps=6), folder() / "trained")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ def build_model(config: Config) -> HybridLM:
     return FAMILIES[config.model.family](config)
 
 
+@functools.lru_cache(maxsize=8)
 def parameter_shapes(model: HybridLM) -> Any:
     """The parameter tree as `jax.ShapeDtypeStruct`s; nothing is computed."""
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
@@ -35,8 +37,9 @@ def parameter_shapes(model: HybridLM) -> Any:
 
 def count_parameters(model: HybridLM) -> int:
     """Parameters of the model; the padding of its tables does not count."""
-    total = sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(model)))
-    head = model.head(parameter_shapes(model)).weight_VD
+    shapes = parameter_shapes(model)
+    total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    head = model.head(shapes).weight_VD
     tables = 1 if model.config.tie_embeddings else 2
     return total - tables * (head.shape[0] - model.config.vocab_size) * head.shape[1]
 

@@ -143,6 +143,8 @@ class HybridLM(nn.Module):
                    key: Array | None) -> tuple[Array, dict[str, Array]]:
         """One pass through all layers, as pure functions of their parameter trees."""
         cfg = self.config
+        if self.is_initializing():  # the layers' parameters are made in setup
+            return x_BTD, {}
         edited = edit is not no_edit
 
         def apply_layer(spec: BlockSpec, params: Any, x: Array, layer: dict,

@@ -9,6 +9,8 @@ from hippocampus.config import MixerConfig
 from hippocampus.layers.gated_mixer import GatedMixer, renormalize
 from hippocampus.testing import assert_close, check_batch_invariance, check_causality
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 B, T, D, P = 3, 5, 8, 3
 SHARES = (0.5, 0.3, 0.2)
 U = jax.random.normal(jax.random.key(0), (B, T, D))
@@ -54,16 +56,21 @@ def test_the_result_is_the_gated_sum_of_normalised_paths():
                  n_operations=D)
 
 
+def mix_op_by_op(*arguments):
+    """Without the compiler, which rounds differently in different programs."""
+    return MIXER.apply({"params": TRAINED}, U, PATHS, *arguments)
+
+
 def test_arrays_that_change_nothing_give_the_same_bits():
-    neutral = mix(PATHS, jnp.zeros((B, T, P)), jnp.ones(P), -jnp.ones(P))
-    assert_same(mix(PATHS), neutral)
+    neutral = mix_op_by_op(jnp.zeros((B, T, P)), jnp.ones(P), -jnp.ones(P))
+    assert_same(mix_op_by_op(), neutral)
 
 
 def test_a_control_of_zero_is_none_and_others_move_the_gates():
     plain, controlled = mix(PATHS), mix(PATHS, jnp.zeros((B, T, P)).at[:, 2, 1].set(3.0))
-    assert_same(plain, mix(PATHS, jnp.zeros((B, T, P))))
+    assert_same(mix_op_by_op(), mix_op_by_op(jnp.zeros((B, T, P))))
     moved = np.asarray(controlled[1]["gates"] - plain[1]["gates"])
-    assert (moved[:, 2, 1] > 0).all() and not moved[:, [0, 1, 3, 4]].any()
+    assert (moved[:, 2, 1] > 0.01).all() and np.abs(moved[:, [0, 1, 3, 4]]).max() < 1e-6
 
 
 @pytest.mark.parametrize("p", range(P))

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from hippocampus.layers.h_controller import HController
 from hippocampus.testing import (
@@ -10,6 +11,8 @@ from hippocampus.testing import (
     check_causality,
     check_causality_by_gradient,
 )
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 B, T, D, L, P = 2, 6, 8, 3, 2
 H_BTD = jax.random.normal(jax.random.key(0), (B, T, D))

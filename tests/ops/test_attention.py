@@ -11,6 +11,8 @@ from hippocampus.errors import ConfigError
 from hippocampus.ops.attention import attention, same_document
 from hippocampus.testing import assert_close
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 B, T, H, D_HEAD = 2, 9, 4, 6
 IDS = np.array([[1] * 4 + [2] * 3 + [0] * 2, [1] * 1 + [2] * 5 + [3] * 3], np.int32)
 

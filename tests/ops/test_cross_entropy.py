@@ -12,6 +12,8 @@ from hippocampus.ops import cross_entropy as module
 from hippocampus.ops.cross_entropy import Head, cross_entropy, token_nll
 from hippocampus.testing import assert_close
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 B, T, D, V, ROWS = 2, 11, 6, 7, 10  # 10 rows of which 7 are ids
 SETTINGS = {
     "plain": {},

@@ -11,6 +11,8 @@ from hippocampus.ops import hopfield
 from hippocampus.ops.attention import attention
 from hippocampus.testing import assert_close, check_causality
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 B, T, H, D_HEAD, S = 2, 8, 2, 4, 5
 IDS = jnp.asarray([[1] * 5 + [2] * 3, [1] * 1 + [2] * 4 + [0] * 3])
 

@@ -11,6 +11,8 @@ from hippocampus.errors import ConfigError
 from hippocampus.ops import linear_scan as module
 from hippocampus.testing import assert_close, check_causality
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 BACKENDS = ("sequential", "associative", "chunked")
 LENGTHS = (1, 2, 7, 24, 33)
 B, E = 2, 3

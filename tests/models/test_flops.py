@@ -1,0 +1,57 @@
+"""The FLOP count: by hand for attention, and near what the compiler counts."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from hippocampus.data.batches import Batch
+from hippocampus.models.build_model import build_model, parameter_shapes
+from hippocampus.models.flops import training_flops_per_token
+
+ATTENTION = {"model.paths": ("attention",), "model.segments.train": 1}
+
+
+def test_attention_alone_is_what_one_counts_by_hand(tiny_config):
+    config = tiny_config({**ATTENTION, "model.mlp.width": 48})
+    D, T, L, padded, mixer = 16, 24, 2, 128, 8
+    projections = 4 * D * D  # query, key, value, out
+    scores_and_values = 2 * D * (T + 1) / 2  # a token sees (T + 1) / 2 tokens on average
+    swiglu = 3 * D * 48
+    gate = D * mixer + mixer * 1
+    forward = 2 * (L * (projections + scores_and_values + swiglu + gate) + padded * D)
+    assert training_flops_per_token(config) == 3 * forward
+
+
+def test_a_second_pass_doubles_the_layers(tiny_config):
+    weights = {"model.segments.weights": (1.0,)}
+    once, twice, stopped = (training_flops_per_token(tiny_config({
+        **ATTENTION, **weights, "model.segments.train": R, "model.segments.gradient": gradient}))
+        for R, gradient in ((1, "full"), (2, "full"), (2, "stop")))
+    head = 3 * 2 * 128 * 16
+    controller = 3 * 2 * 8 * (16 + 2 * 3)
+    assert twice == 2 * (once - head) + head + controller
+    # Without a gradient through it, a pass costs a third.
+    assert stopped == pytest.approx((once - head) * 4 / 3 + head + controller)
+
+
+@pytest.mark.parametrize("overrides", [
+    {"model.paths": ("ssm",)}, {"model.paths": ("hopfield",), "model.hopfield.patterns": "both"},
+    {"model.paths": ("attention",), "model.attention.n_kv_heads": 1},
+    {"model.segments.train": 2, "model.segments.feedback": True}])
+def test_the_count_is_near_the_compilers(overrides, tiny_config):
+    """Wide enough that matrices dominate; the compiler counts the masked half of scores too."""
+    config = tiny_config({"model.d_model": 128, "model.mlp.width": 256, "model.n_layers": 1,
+                          "model.segments.train": 1, "model.segments.weights": (1.0,),
+                          **overrides})
+    model, T = build_model(config), config.data.context
+    tokens = jax.ShapeDtypeStruct((4, T), jnp.int32)
+
+    def forward(params, tokens):
+        batch = Batch(tokens, tokens, jnp.ones(tokens.shape))
+        hidden, _, _ = model.apply({"params": params}, batch, method="forward")
+        return model.head(params).logits(hidden)
+
+    cost = jax.jit(forward).lower(parameter_shapes(model), tokens).compile().cost_analysis()
+    counted = (cost[0] if isinstance(cost, list) else cost)["flops"] / (4 * T)
+    ours = training_flops_per_token(config) / 3
+    assert 0.75 < ours / counted < 1.05
