@@ -46,7 +46,7 @@ def tolerance(dtype: Any, n_operations: int = 1) -> float:
 
 def assert_close(actual: Any, desired: Any, *, n_operations: int = 1, dtype: Any = None,
                  what: str = "result") -> None:
-    """Asserts that two pytrees agree up to rounding (see `tolerance`).
+    """Asserts that two pytrees agree up to rounding (see `tolerance`); integers agree exactly.
 
     Args:
       actual: pytree of arrays.
@@ -64,7 +64,8 @@ def assert_close(actual: Any, desired: Any, *, n_operations: int = 1, dtype: Any
         assert a.shape == b.shape, f"{what}{name}: shape {a.shape}, not {b.shape}"
         if not a.size:
             continue
-        limit = tolerance(dtype or a.dtype, n_operations)
+        inexact = jnp.issubdtype(a.dtype, jnp.inexact)
+        limit = tolerance(dtype or a.dtype, n_operations) if inexact else 0.0
         a64, b64 = a.astype(np.float64), b.astype(np.float64)
         size = np.abs(b64).max()
         off = np.abs(a64 - b64)

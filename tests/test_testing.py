@@ -257,5 +257,7 @@ def test_close_names_the_leaf_and_place_of_the_largest_difference():
         assert_close(bad, good, what="weights")
     with pytest.raises(AssertionError, match="nan"):
         assert_close({**good, "a": good["a"] * np.nan}, good)
+    with pytest.raises(AssertionError, match="should be 2"):
+        assert_close(np.array([1, 3]), np.array([1, 2]))
     with pytest.raises(AssertionError, match="compared with"):
         assert_close({"a": good["a"]}, good)

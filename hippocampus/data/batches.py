@@ -132,11 +132,9 @@ class ShuffledWindows:
         offset = (_mix(key) % np.uint64(self.context)).astype(np.int64)
         start = offset + permute(index, self.windows_per_epoch, key) * self.context
         window = self.ids[start[:, None] + np.arange(self.context + 1)].astype(np.int32)
-        return Batch(
-            tokens_BT=window[:, :-1],
-            targets_BT=window[:, 1:],
-            loss_weight_BT=np.ones((len(row), self.context), np.float32),
-        )
+        weight = np.ones((len(row), self.context), np.float32)
+        host: Any = (window[:, :-1], window[:, 1:], weight)  # NumPy stands in until it is placed
+        return Batch(*host)
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +191,7 @@ class EvaluationWindows:
             window = self.ids[start : start + self.context + 1]
             n = len(window) - 1
             tokens[row, :n], targets[row, :n], weight[row, :n] = window[:-1], window[1:], 1
-        host: Any = (tokens, targets, weight)  # NumPy stands in until the batch is placed
+        host: Any = (tokens, targets, weight)
         return Batch(*host)
 
 

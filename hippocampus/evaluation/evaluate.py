@@ -18,11 +18,16 @@ from hippocampus.ops.cross_entropy import token_nll
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Cross-entropy without smoothing or z-loss, float32, averaged over every prediction."""
+    """Cross-entropy without smoothing or z-loss, float32, averaged over every prediction.
+
+    `skip_nats_per_token` is that of one pass and one step of the segment flow instead of all
+    passes; None for a model without the flow.
+    """
 
     nats_per_token: float
     tokens: int
     bytes_per_token: float
+    skip_nats_per_token: float | None = None
 
     @property
     def bits_per_byte(self) -> float:
@@ -43,12 +48,19 @@ def evaluate(model: Any, params: Any, windows: EvaluationWindows, bytes_per_toke
     """
     # Sums stay on the device until the end, so that it never waits for the host.
     sums = [_sums(model, params, place(batch)) for batch in windows]
-    nats, tokens = (float(sum(column)) for column in zip(*jax.device_get(sums), strict=True))
-    return Evaluation(nats / tokens, round(tokens), bytes_per_token)
+    rows = jax.device_get(sums)
+    total = {name: math.fsum(float(row[name]) for row in rows) for name in rows[0]}
+    skip = total["skip"] / total["weight"] if "skip" in total else None
+    return Evaluation(total["nll"] / total["weight"], round(total["weight"]), bytes_per_token, skip)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sums(model: Any, params: Any, batch: Batch) -> tuple[Array, Array]:
-    hidden_BTD, _, _ = model.apply({"params": params}, batch, method="forward")
-    nll_BT = token_nll(hidden_BTD, model.head(params), batch.targets_BT)
-    return (nll_BT * batch.loss_weight_BT).sum(), jnp.sum(batch.loss_weight_BT)
+def _sums(model: Any, params: Any, batch: Batch) -> dict[str, Array]:
+    hidden_BTD, out, _ = model.apply({"params": params}, batch, method="forward")
+    states = {"nll": hidden_BTD}
+    if "flow.skip_hidden" in out:
+        states["skip"] = out["flow.skip_hidden"]
+    weight_BT = batch.loss_weight_BT
+    sums = {name: (token_nll(state, model.head(params), batch.targets_BT) * weight_BT).sum()
+            for name, state in states.items()}
+    return {**sums, "weight": jnp.sum(weight_BT)}

@@ -53,8 +53,8 @@ class MoRHopfield(nn.Module):
         Returns:
           y_BTD, and `out`: "query", "key" and "step1".."stepK" (B,T,H,d), "depth_gates" (B,T,K),
           "energy" (K+1,B,T,H: of the query and after each step), "effective_patterns" and
-          "n_patterns" (B,T,H: how many patterns the last step mixed, and could), "beta" (H), and
-          "out".
+          "n_patterns" (B,T,H: how many patterns the last step mixed, and could), "regime"
+          (B,T,H: 0 single, 1 metastable, 2 global), "beta" (H), and "out".
         """
         (B, T, D), H, cfg = u_BTD.shape, self.n_heads, self.config
         d = D // H
@@ -102,4 +102,5 @@ class MoRHopfield(nn.Module):
         before_last = states[-2]
         effective, n_patterns = hopfield.effective_patterns(before_last, *memory)
         return {"energy": jnp.stack([hopfield.energy(xi, *memory) for xi in states]),
-                "effective_patterns": effective, "n_patterns": n_patterns}
+                "effective_patterns": effective, "n_patterns": n_patterns,
+                "regime": hopfield.regime(effective, n_patterns)}

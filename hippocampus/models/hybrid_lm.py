@@ -14,6 +14,7 @@ from hippocampus.data.batches import Batch
 from hippocampus.layers.edits import Edit, no_edit, scoped
 from hippocampus.layers.norms import RMSNorm, rms_normalize
 from hippocampus.layers.velocity_field import VelocityField
+from hippocampus.models import gate_statistics
 from hippocampus.models.hybrid_block import BlockSpec, HybridBlock, block_specs
 from hippocampus.models.interventions import NEUTRAL, Interventions
 from hippocampus.models.layer_stack import run_layers
@@ -128,6 +129,15 @@ class HybridLM(nn.Module):
         """The output layer of a parameter tree."""
         weight = params["embedding" if self.config.tie_embeddings else "head"]
         return Head(weight, vocab_size=self.config.vocab_size)
+
+    def statistics(self, out: dict[str, Array],
+                   weight_BT: Float[Array, "B T"]) -> dict[str, Float[Array, ""]]:
+        """What to log of a forward pass: series name -> weighted sum over its tokens."""
+        return gate_statistics.token_sums(block_specs(self.config), out, weight_BT)
+
+    def distributions(self, out: dict[str, Array]) -> dict[str, Array]:
+        """What to draw of a forward pass: series name -> values of its tokens."""
+        return gate_statistics.distributions(block_specs(self.config), out)
 
     def init_state(self, batch: Batch) -> dict:
         """What `forward` carries from batch to batch: nothing."""

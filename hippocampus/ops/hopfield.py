@@ -91,14 +91,20 @@ def effective_patterns(
     slots_SHd: Float[Array, "S H d"] | None, beta_H: Float[Array, " H"],
     document_ids: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T H"], Float[Array, "B T H"]]:
-    """1 / sum p^2, the number of patterns a retrieval mixes, and the number n it could.
-
-    The regime is *global* above n/2, *single* below 1.5 and *metastable* between.
-    """
+    """1 / sum p^2, the number of patterns a retrieval mixes, and the number n it could."""
     scores = _scores(xi_BTHd, keys_BTHd, slots_SHd, beta_H, document_ids)
     p = jax.nn.softmax(scores, axis=-1)
     n = (scores > -jnp.inf).sum(-1).astype(jnp.float32)
     return jnp.moveaxis(1 / (p * p).sum(-1), 1, 2), jnp.moveaxis(n, 1, 2)
+
+
+def regime(effective: Float[Array, ...], n_patterns: Float[Array, ...]) -> Int[Array, ...]:
+    """What a retrieval found: 0 = single (one pattern), 1 = metastable (some), 2 = global (most).
+
+    Args:
+      effective, n_patterns: from `effective_patterns`; below 1.5 is single, above n/2 global.
+    """
+    return jnp.where(effective < 1.5, 0, jnp.where(effective > n_patterns / 2, 2, 1))
 
 
 def _scores(xi: Array, keys: Array | None, slots: Array | None, beta_H: Array,

@@ -1,6 +1,7 @@
 """One run's folder: who may write there, and its small files.
 
-    config.json  env.json  tokenizer.json  metrics.jsonl  events.*  steps/<n>/  samples/
+    config.json  env.json  data.json  tokenizer.json  metrics.jsonl  events.*  steps/<n>/
+    samples/  results.json
 """
 
 from __future__ import annotations
@@ -47,6 +48,11 @@ class RunFolder:
         return self.path / "tokenizer.json"
 
     @property
+    def data(self) -> Path:
+        """Which text, and how much of it."""
+        return self.path / "data.json"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a row."""
         return self.path / "metrics.jsonl"
@@ -80,7 +86,7 @@ class RunFolder:
             names = {p.name for p in self.path.iterdir()}
             others = names - {".gitkeep", _LOCK}
             if _LOCK in names:  # a run that was killed before its config.json, written last
-                others = {name for name in others - {self.tokenizer.name, "data.json",
+                others = {name for name in others - {self.tokenizer.name, self.data.name,
                                                      self.environment.name}
                           if not name.endswith(".partial")}
             if others:

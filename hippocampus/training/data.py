@@ -60,7 +60,7 @@ class TrainingData:
         Raises:
           ConfigError: what differs.
         """
-        saved = json.loads((folder.path / "data.json").read_text("utf-8"))
+        saved = json.loads(folder.data.read_text("utf-8"))
         now = json.loads(self.record())
         for field, what in (("sha256", "text"), ("tokenizer", "tokenizer")):
             if saved[field] != now[field]:
@@ -74,7 +74,8 @@ def read_data(config: Config) -> TrainingData:
     """Reads and tokenizes the corpus.
 
     Raises:
-      DataError: missing, empty, binary, or shorter than a window.
+      DataError: missing, empty, binary, or shorter than a window; or it lacks a character of
+        `sample.prompt`.
     """
     corpus = load_corpus(config.data.corpus)
     tokenizer = build_tokenizer(config.data.tokenizer, corpus.train + corpus.validation)
@@ -82,6 +83,8 @@ def read_data(config: Config) -> TrainingData:
     data = TrainingData(
         corpus, tokenizer, train_ids, validation_ids,
         tokenizer.count_bytes(validation_ids[1:]) / max(1, len(validation_ids) - 1))
+    if not len(tokenizer.encode(config.sample.prompt)):
+        raise ConfigError("sample.prompt is empty", "give at least one character")
     data.batches(config)  # refuses a text shorter than a window
     data.windows(config, 0)
     return data

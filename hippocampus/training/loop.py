@@ -6,7 +6,9 @@ Where parameters come from, in this order: the run folder's newest checkpoint, e
 from __future__ import annotations
 
 import dataclasses
-import time
+import functools
+import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,19 +20,19 @@ from jax.sharding import Mesh
 
 from hippocampus.config import Config
 from hippocampus.config_files import fields, read_json, to_json
-from hippocampus.devices import choose, resolve, this_device
+from hippocampus.data.batches import Batch
+from hippocampus.devices import resolve
 from hippocampus.errors import ConfigError, Stopped
 from hippocampus.evaluation.evaluate import Evaluation, evaluate
 from hippocampus.files import write_atomically
 from hippocampus.generation.language_model import LanguageModel, load
-from hippocampus.models import flops
 from hippocampus.models.build_model import build_model, count_parameters
 from hippocampus.runs.checkpoints import Checkpoints
 from hippocampus.runs.run_folder import RunFolder, RunLock, cut_metrics, environment
 from hippocampus.training import sharding
+from hippocampus.training.clock import Clock
 from hippocampus.training.console import RunConsole
 from hippocampus.training.data import TrainingData, read_data
-from hippocampus.training.inspect import gate_histograms
 from hippocampus.training.optimizer import build_optimizer
 from hippocampus.training.signals import StopSignal
 from hippocampus.training.state import TrainState
@@ -107,7 +109,7 @@ def fit(config: Config, workdir: str | Path | None = None) -> Path:
             data.check_same_as(folder)
         else:
             data.tokenizer.save(folder.tokenizer)
-            write_atomically(folder.path / "data.json", data.record())
+            write_atomically(folder.data, data.record())
         write_atomically(folder.environment, _json(environment()))
         write_atomically(folder.config, to_json(config, automatic))  # last: it marks a run
         _greet(console, config, folder, data, model)
@@ -173,7 +175,7 @@ def _train(config: Config, folder: RunFolder, data: TrainingData, model: Any, me
     console.say("compiling the training step (10 to 60 seconds, once) …")
     console.start(done)
     try:
-        with StopSignal() as stop, jax.set_mesh(mesh):
+        with StopSignal() as stop:
             _loop(run, state, done, stop)
     finally:
         run.trackers.close()
@@ -196,9 +198,7 @@ def _loop(run: Run, state: TrainState, done: int, stop: StopSignal) -> None:
                 eval_loss = _evaluate(run, state, n)
         if _due(n, config.log.histogram_every_steps):
             with run.clock.paused():
-                for name, values in gate_histograms(run.model, state.params,
-                                                    run.place(batches.batch(step))).items():
-                    run.trackers.histogram(n, name, values)
+                _draw(run, state, n, batches.batch(step))
         if _due(n, config.sample.every_steps) and not last:  # the end has a sample of its own
             with run.clock.paused():
                 _sample(run, state, n)
@@ -243,9 +243,25 @@ def _evaluate(run: Run, state: TrainState, step: int) -> float:
 def _eval_values(prefix: str, scored: Mapping[str, Evaluation]) -> dict[str, float]:
     """The series of an evaluation; the averaged weights are the ones that count, if there are."""
     best = scored.get("ema", scored["raw"])
-    return {f"{prefix}/loss": best.nats_per_token, f"{prefix}/bits_per_byte": best.bits_per_byte,
-            f"{prefix}/loss_raw": scored["raw"].nats_per_token,
-            f"{prefix}/bits_per_byte_raw": scored["raw"].bits_per_byte}
+    values = {f"{prefix}/loss": best.nats_per_token, f"{prefix}/bits_per_byte": best.bits_per_byte,
+              f"{prefix}/loss_raw": scored["raw"].nats_per_token,
+              f"{prefix}/bits_per_byte_raw": scored["raw"].bits_per_byte}
+    if best.skip_nats_per_token is not None:
+        values[f"{prefix}/loss_skip"] = best.skip_nats_per_token
+    return values
+
+
+def _draw(run: Run, state: TrainState, step: int, batch: Batch) -> None:
+    """Writes histograms of what the model did on a batch."""
+    values = _distributions(run.model, state.params, run.place(batch))
+    for name, array in jax.device_get(values).items():
+        run.trackers.histogram(step, name, array.ravel())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _distributions(model: Any, params: Any, batch: Batch) -> dict[str, jax.Array]:
+    _, out, _ = model.apply({"params": params}, batch, method="forward")
+    return model.distributions(out)
 
 
 def _sample(run: Run, state: TrainState, step: int) -> None:
@@ -297,59 +313,10 @@ def _conclude(console: RunConsole, config: Config, folder: RunFolder, data: Trai
     write_atomically(folder.samples / "best.txt", config.sample.prompt + text)
     console.sample(best.step or 0, config.sample.prompt, text)
     console.say("next:")
-    console.say(f"  python -m hippocampus.sample --workdir={folder.path} --prompt='The '")
+    console.say(f"  python -m hippocampus.sample --workdir={folder.path} "
+                f"--prompt={shlex.quote(config.sample.prompt)}")
     console.say(f"  tensorboard --logdir={folder.path}")
     console.say("  go on: the same command with a larger --config.train.steps")
-
-
-class Clock:
-    """Tokens per second between logged steps, without evaluation, saving and compiling."""
-
-    def __init__(self, config: Config, n_devices: int):
-        """Knows what a step costs."""
-        self._tokens = config.train.batch_size * config.data.context
-        self._steps = config.train.steps
-        self._flops = flops.training_flops_per_token(config)
-        self._peak = choose(this_device()).peak_flops * n_devices
-        self._pause = 0.0
-        self._last: tuple[int, float] | None = None
-        self._rate: float | None = None
-
-    def paused(self) -> _Pause:
-        """A context whose time does not count."""
-        return _Pause(self)
-
-    def lap(self, step: int) -> dict[str, float]:
-        """The series since the last lap; none for the first, which holds the compilation."""
-        now, values = time.perf_counter(), {}
-        if self._last is not None and step > self._last[0]:
-            seconds = max(1e-9, now - self._last[1] - self._pause)
-            self._rate = (step - self._last[0]) / seconds
-            tokens = self._rate * self._tokens
-            values["train/tokens_per_second"] = tokens
-            if self._peak:
-                values["train/mfu"] = tokens * self._flops / self._peak
-        self._last, self._pause = (step, now), 0.0
-        return values
-
-    def seconds_left(self, step: int) -> float | None:
-        """At the last lap's rate."""
-        return (self._steps - step) / self._rate if self._rate else None
-
-    def add_pause(self, seconds: float) -> None:
-        """Time that training did not have."""
-        self._pause += seconds
-
-
-class _Pause:
-    def __init__(self, clock: Clock):
-        self._clock = clock
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._clock.add_pause(time.perf_counter() - self._start)
 
 
 def _due(step: int, every: int) -> bool:
@@ -357,6 +324,4 @@ def _due(step: int, every: int) -> bool:
 
 
 def _json(content: Any) -> str:
-    import json
-
     return json.dumps(content, indent=2) + "\n"

@@ -11,9 +11,8 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from hippocampus.config import PATHS, Config
+from hippocampus.config import Config
 from hippocampus.data.batches import Batch
-from hippocampus.models.hybrid_block import block_specs
 from hippocampus.training import sharding
 from hippocampus.training.losses import training_loss
 from hippocampus.training.optimizer import learning_rate_schedule
@@ -35,7 +34,7 @@ def train_step(model: Any, optimizer: optax.GradientTransformation, config: Conf
     def gradients(params: Any, batch: Batch, key: Array) -> tuple[Any, dict[str, Array]]:
         def loss(params: Any) -> tuple[Array, dict[str, Array]]:
             total, (sums, out) = training_loss(model, params, batch, key, config)
-            return total, {**sums, **gate_sums(out, batch.loss_weight_BT, config)}
+            return total, {**sums, **model.statistics(out, batch.loss_weight_BT)}
 
         grads, sums = jax.grad(loss, has_aux=True)(params)
         return grads, sums
@@ -73,30 +72,6 @@ def train_step(model: Any, optimizer: optax.GradientTransformation, config: Conf
         return TrainState(state.step + 1, params, ema, opt_state, state.key), metrics
 
     return step
-
-
-def gate_sums(out: dict[str, Array], weight_BT: Float[Array, "B T"],
-              config: Config) -> dict[str, Float[Array, ""]]:
-    """Sums over tokens of the layers' mean gate per path, its entropy, and retrieval depth."""
-    specs = block_specs(config.model)
-    sums: dict[str, Array] = {}
-    for path in PATHS:
-        layers = [(i, spec.paths.index(path)) for i, spec in enumerate(specs) if path in spec.paths]
-        if layers:
-            sums[f"mixer/gate/{path}"] = _mean(
-                [(weight_BT * out[f"layers.{i}.mixer.gates"][..., p]).sum() for i, p in layers])
-    sums["mixer/entropy"] = _mean(
-        [(weight_BT * out[f"layers.{i}.mixer.entropy"]).sum() for i in range(len(specs))])
-    depths = [i for i, spec in enumerate(specs) if "hopfield" in spec.paths]
-    if depths:
-        sums["hopfield/depth"] = _mean(
-            [(weight_BT[..., None] * out[f"layers.{i}.hopfield.depth_gates"]
-              * jnp.arange(1, specs[i].depth + 1)).sum() for i in depths])
-    return jax.lax.stop_gradient(sums)
-
-
-def _mean(values: list[Array]) -> Array:
-    return jnp.stack(values).mean()
 
 
 def jit_train_step(step: TrainStep, mesh: Mesh, state_shardings: Any) -> TrainStep:

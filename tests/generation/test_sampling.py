@@ -81,11 +81,11 @@ def test_masked_tokens_are_never_drawn():
 # ---------------------------------------------------------------- with a model
 
 @pytest.fixture(scope="module")
-def model_and_params():
-    """An untrained model of 37 tokens, whose tables have 128 rows."""
-    model = build_model(tiny_run.config(model__vocab_size=37, model__position="none"))
-    params = jax.jit(model.init)(jax.random.key(5), jnp.zeros((1, 2), jnp.int32))["params"]
-    return model, params
+def model_and_params(random_parameters):
+    """An untrained, lively model of 37 tokens, whose tables have 128 rows."""
+    model = build_model(tiny_run.config(model__vocab_size=37, model__position="none",
+                                        model__tie_embeddings=False))
+    return model, random_parameters(model)
 
 
 def draw(model_and_params, prompt=(1, 2, 3), n=24, seed=0, context=16, **settings) -> list[int]:
@@ -128,6 +128,7 @@ def test_every_token_is_the_most_likely_one_after_the_last_window(model_and_para
         logits, _ = forward({"params": params}, jnp.asarray(padded, jnp.int32)[None])
         assert token == int(jnp.argmax(logits[0, len(window) - 1]))
         ids.append(token)
+    assert len(set(tokens)) > 2
 
 
 def test_text_beyond_the_window_is_forgotten(model_and_params):

@@ -19,13 +19,15 @@ TOKENS = jax.random.randint(jax.random.key(0), (B, T), 0, 31, jnp.int32)
 
 # The names of a layer with all paths and two retrieval steps. They are what other people's
 # scripts ask for: add to them, and rename none.
-EDITABLE = """ssm.decay ssm.state ssm.out
-    hopfield.query hopfield.key hopfield.step1 hopfield.step2 hopfield.depth_gates hopfield.out
-    attention.query attention.key attention.value attention.out
-    mixer.gates mixer.out mlp.out residual""".split()
-READABLE = [*EDITABLE, *"""ssm.gate_in ssm.gate_forget
-    hopfield.energy hopfield.effective_patterns hopfield.n_patterns hopfield.beta
-    mixer.entropy mixer.contribution""".split()]
+EDITABLE = [
+    "ssm.decay", "ssm.state", "ssm.out",
+    "hopfield.query", "hopfield.key", "hopfield.step1", "hopfield.step2", "hopfield.depth_gates",
+    "hopfield.out", "attention.query", "attention.key", "attention.value", "attention.out",
+    "mixer.gates", "mixer.out", "mlp.out", "residual"]
+READABLE = [
+    *EDITABLE, "ssm.gate_in", "ssm.gate_forget", "hopfield.energy", "hopfield.effective_patterns",
+    "hopfield.n_patterns", "hopfield.regime", "hopfield.beta", "mixer.entropy",
+    "mixer.contribution"]
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,13 @@ def built(tiny_config, random_parameters):
 def small(built):
     """Two layers of two paths, two passes."""
     return built({"model.paths": ("hopfield", "attention")})
+
+
+@pytest.fixture(scope="module")
+def smallest(built):
+    """One layer of two paths, one pass."""
+    return built({"model.paths": ("hopfield", "attention"), "model.n_layers": 1,
+                  "model.segments.train": 1})
 
 
 @pytest.fixture(scope="module")
@@ -95,16 +104,16 @@ def test_a_glob_chooses_and_changes_no_value(small, plain):
                           "segments.0.layers.1.hopfield.step2"}
 
 
-def test_without_edits_the_bits_are_those_of_the_plain_run(small):
-    logits, cache = run_with_cache(*small, TOKENS, ())
-    edited, nothing = run_with_edits(*small, TOKENS, {})
+def test_without_edits_the_bits_are_those_of_the_plain_run(smallest):
+    logits, cache = run_with_cache(*smallest, TOKENS, ())
+    edited, nothing = run_with_edits(*smallest, TOKENS, {})
     assert cache == nothing == {}
     assert same(logits, edited)
 
 
-def test_an_edit_that_changes_nothing_changes_no_value(small, plain):
-    logits, _ = run_with_edits(*small, TOKENS, {"layers.0.mixer.out": lambda y: y})
-    assert_close(logits, plain[0], n_operations=T * 16)
+def test_an_edit_that_changes_nothing_changes_no_value(smallest):
+    logits, _ = run_with_edits(*smallest, TOKENS, {"layers.0.mixer.out": lambda y: y})
+    assert_close(logits, run_with_cache(*smallest, TOKENS, ())[0], n_operations=T * 16)
 
 
 def test_an_edit_changes_what_follows_and_nothing_before(small, plain):
@@ -125,7 +134,8 @@ def test_an_edit_changes_what_follows_and_nothing_before(small, plain):
     assert not np.allclose(logits, plain[0])
 
 
-def test_an_edit_without_a_pass_acts_in_every_pass(small):
+def test_an_edit_without_a_pass_acts_in_every_pass(built):
+    small = built({"model.paths": ("hopfield", "attention"), "model.n_layers": 1})
     name = "layers.0.mixer.gates"
     half = lambda gates: gates * 0 + 0.5  # noqa: E731
     _, cache = run_with_edits(*small, TOKENS, {name: half}, [name, f"segments.0.{name}"])
@@ -137,23 +147,25 @@ def test_an_edit_without_a_pass_acts_in_every_pass(small):
     assert (np.asarray(cache[f"segments.0.{name}"]) != 0.5).any()
 
 
-def test_a_path_edited_to_zero_is_a_path_that_adds_nothing(small):
-    model, params = small
-    edits = {f"layers.{i}.attention.out": jnp.zeros_like for i in range(2)}
-    logits, _ = run_with_edits(model, params, TOKENS, edits)
-    silent = {**params, **{f"layers_{i}": {**params[f"layers_{i}"], "attention": jax.tree.map(
-        jnp.zeros_like, params[f"layers_{i}"]["attention"])} for i in range(2)}}
+def test_a_path_edited_to_zero_is_a_path_that_adds_nothing(smallest):
+    model, params = smallest
+    logits, _ = run_with_edits(model, params, TOKENS, {"layers.0.attention.out": jnp.zeros_like})
+    layer = params["layers_0"]
+    silent = {**params, "layers_0": {**layer, "attention": jax.tree.map(
+        jnp.zeros_like, layer["attention"])}}
     assert_close(logits, run_with_cache(model, silent, TOKENS, ())[0], n_operations=T * 16)
 
 
-def test_a_scanned_model_is_edited_like_an_unrolled_one(small, built):
-    scanned, params = built({"model.paths": ("hopfield", "attention"), "model.scan_layers": True})
+def test_a_scanned_model_is_edited_like_an_unrolled_one(built):
+    overrides = {"model.paths": ("hopfield", "attention"), "model.segments.train": 1}
+    unrolled, params = built(overrides)
+    scanned, _ = built({**overrides, "model.scan_layers": True})
     edit = {"layers.1.hopfield.out": lambda y: 2 * y}
     names = "layers.*.residual"
     assert_close(run_with_edits(scanned, params, TOKENS, edit, names),
-                 run_with_edits(small[0], params, TOKENS, edit, names), n_operations=T * 16)
+                 run_with_edits(unrolled, params, TOKENS, edit, names), n_operations=T * 16)
     assert_close(run_with_cache(scanned, params, TOKENS, names),
-                 run_with_cache(small[0], params, TOKENS, names), n_operations=T * 16)
+                 run_with_cache(unrolled, params, TOKENS, names), n_operations=T * 16)
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_one(small):

@@ -192,6 +192,11 @@ def test_two_of_three_equally_likely_patterns_count_two():
     assert_close(effective[0, :, 0], np.array([1.0, 2.0, 2.0]))
 
 
+def test_a_retrieval_is_single_metastable_or_global():
+    effective, n = jnp.asarray([1.0, 1.4, 1.6, 5.0, 5.1, 10.0]), jnp.full(6, 10.0)
+    assert hopfield.regime(effective, n).tolist() == [0, 0, 1, 1, 2, 2]
+
+
 def test_a_stored_pattern_is_completed_from_a_noisy_cue():
     slots = jnp.eye(4)[:, None] * 4.0
     cue = slots[2][None, None] + 0.8 * jax.random.normal(jax.random.key(0), (1, 1, 1, 4))
