@@ -11,7 +11,7 @@ from hippocampus.config import Config
 from hippocampus.data.batches import EvaluationWindows, ShuffledWindows
 from hippocampus.data.corpora import Corpus, load_corpus
 from hippocampus.data.tokenizers import Tokenizer, build_tokenizer
-from hippocampus.errors import ConfigError
+from hippocampus.errors import ConfigError, DataError
 from hippocampus.evaluation.ngrams import ngram_lines
 from hippocampus.runs.run_folder import RunFolder
 
@@ -59,13 +59,18 @@ class TrainingData:
 
         Raises:
           ConfigError: what differs.
+      DataError: data.json is missing or damaged.
         """
-        saved = json.loads(folder.data.read_text("utf-8"))
+        try:
+            saved = json.loads(folder.data.read_text("utf-8"))
+        except (OSError, ValueError):
+            raise DataError(f"cannot read {folder.data}, which says what the run was trained on",
+                            "restore it from a copy, or choose another --workdir") from None
         now = json.loads(self.record())
         for field, what in (("sha256", "text"), ("tokenizer", "tokenizer")):
-            if saved[field] != now[field]:
+            if saved.get(field) != now[field]:
                 raise ConfigError(
-                    f"{folder.path} was trained on another {what} ({saved[field][:12]}… then, "
+                    f"{folder.path} was trained on another {what} ({str(saved.get(field))[:12]}… then, "
                     f"{now[field][:12]}… now)", "choose another --workdir (the pydoc corpus "
                     "follows the version of Python)")
 

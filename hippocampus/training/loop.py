@@ -90,14 +90,14 @@ def fit(config: Config, workdir: str | Path | None = None) -> Path:
     """
     folder = RunFolder(Path(workdir or Path("checkpoints") / config.name))
     folder.check_usable()
-    config, automatic = resolve(config)
+    resolve(config)  # refuses what this device lacks before anything is read
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(mesh, config.train.batch_size, "train.batch_size",
                          config.train.grad_accumulation)
     sharding.check_batch(mesh, config.eval.batch_size, "eval.batch_size")
     data = read_data(config)
-    config = dataclasses.replace(config, model=dataclasses.replace(
-        config.model, vocab_size=data.tokenizer.vocab_size))
+    config, automatic = resolve(dataclasses.replace(config, model=dataclasses.replace(
+        config.model, vocab_size=data.tokenizer.vocab_size)))
     model = build_model(config)
 
     console = RunConsole(config.train.steps, quiet=jax.process_index() > 0)

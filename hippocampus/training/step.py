@@ -65,7 +65,7 @@ def train_step(model: Any, optimizer: optax.GradientTransformation, config: Conf
             mu = ema_decay(config.ema.decay, state.step)
             ema = jax.tree.map(lambda e, p: mu * e + (1 - mu) * p, ema, params)
         means = {name: total / weight for name, total in sums.items()}
-        metrics = {"train/loss": means.pop("nll"), "train/grad_norm": optax.global_norm(grads),
+        metrics = {"train/loss": means.pop("nll"), "train/grad_norm": optax.tree.norm(grads),
                    "train/learning_rate": schedule(state.step)}
         metrics.update({name if "/" in name else f"train/{name}": value
                         for name, value in means.items()})

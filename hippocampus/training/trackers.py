@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,8 +38,9 @@ class JsonLines:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - held open
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends a row; it is in the file when this returns."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        """Appends a row; it is in the file when this returns. What is not finite becomes null."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
 
     def histogram(self, step: int, name: str, values: np.ndarray) -> None:

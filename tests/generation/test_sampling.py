@@ -114,21 +114,25 @@ def test_changing_settings_compiles_nothing(model_and_params):
     assert sampling._next_token._cache_size() == before
 
 
-def test_every_token_is_the_most_likely_one_after_the_last_window(model_and_params):
+def test_next_token_is_read_off_the_last_token_of_the_last_window(model_and_params):
     model, params = model_and_params
-    context = 16
-    prompt = list(np.random.default_rng(0).integers(0, 37, 13))
-    tokens = draw(model_and_params, prompt=prompt, n=8, temperature=0.0)
-    forward = jax.jit(model.apply)
-    ids = list(prompt)
-    for token in tokens:  # from the third on, the window slides
-        window = np.asarray(ids[-context:])
-        padded = np.full(context, 36)
+    forward, context, wanted, found = jax.jit(model.apply), 16, [], []
+    for seed, length in enumerate([1, 2, 5, 9, 13, 15, 16, 17, 18, 25, 31, 32, 33, 60]):
+        prompt = np.random.default_rng(seed).integers(0, 37, length)
+        window = prompt[-context:]
+        padded = np.full(context, 36, np.int32)
         padded[:len(window)] = window
-        logits, _ = forward({"params": params}, jnp.asarray(padded, jnp.int32)[None])
-        assert token == int(jnp.argmax(logits[0, len(window) - 1]))
-        ids.append(token)
-    assert len(set(tokens)) > 2
+        logits, _ = forward({"params": params}, padded[None])
+        wanted.append(int(jnp.argmax(logits[0, len(window) - 1])))
+        found += draw(model_and_params, prompt=prompt, n=1, temperature=0.0)
+    assert found == wanted and len(set(wanted)) > 4
+
+
+def test_new_tokens_are_read_for_the_next_ones(model_and_params):
+    tokens = draw(model_and_params, n=6, temperature=0.0)
+    for n in range(6):
+        assert draw(model_and_params, prompt=[1, 2, 3, *tokens[:n]], n=1,
+                    temperature=0.0) == [tokens[n]]
 
 
 def test_text_beyond_the_window_is_forgotten(model_and_params):

@@ -54,6 +54,14 @@ def test_wandb_without_the_package_is_one_line_and_a_hint(tmp_path, monkeypatch)
     assert "hippocampus[wandb]" in caught.value.hint
 
 
+def test_a_loss_that_is_not_finite_leaves_valid_json(tmp_path):
+    tracker = JsonLines(tmp_path / "metrics.jsonl")
+    tracker.scalars(1, {"train/loss": float("nan"), "train/grad_norm": float("inf")})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "train/loss": None, "train/grad_norm": None}]
+    tracker.close()
+
+
 def test_a_row_is_in_the_file_as_soon_as_it_is_written(tmp_path):
     trackers = Trackers([JsonLines(tmp_path / "metrics.jsonl")])
     trackers.scalars(1, {"train/loss": 2.5})
