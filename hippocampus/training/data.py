@@ -68,11 +68,11 @@ class TrainingData:
                             "restore it from a copy, or choose another --workdir") from None
         now = json.loads(self.record())
         for field, what in (("sha256", "text"), ("tokenizer", "tokenizer")):
+            before, after = str(saved.get(field))[:12], now[field][:12]
             if saved.get(field) != now[field]:
                 raise ConfigError(
-                    f"{folder.path} was trained on another {what} ({str(saved.get(field))[:12]}… then, "
-                    f"{now[field][:12]}… now)", "choose another --workdir (the pydoc corpus "
-                    "follows the version of Python)")
+                    f"{folder.path} was trained on another {what} ({before}… then, {after}… now)",
+                    "choose another --workdir (the pydoc corpus follows the version of Python)")
 
 
 def read_data(config: Config) -> TrainingData:

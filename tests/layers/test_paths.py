@@ -240,7 +240,6 @@ def test_depth_gates_sum_to_one_and_start_uniform(depth):
     layer = hopfield(depth, patterns="slots")
     _, out = run(layer)(U, ONE, POSITIONS)
     assert_close(out["depth_gates"].sum(-1), np.ones((B, T)), dtype=jnp.float32)
-    params = first_parameters(layer)
     _, out = start(layer)
     assert_close(out["depth_gates"], np.full((B, T, depth), 1 / depth))
 
