@@ -11,9 +11,9 @@ from hippocampus.config_files import defaults
 def get_config() -> ConfigDict:
     """0.98M parameters; small enough for two CPU cores."""
     config = defaults("hybrid")
-    config.train.steps = 500
-    config.train.batch_size = 16
-    config.optimizer.learning_rate = 4e-3
+    config.train.steps = 600
+    config.train.batch_size = 8
+    config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 50
     config.ema.decay = 0.99
     config.data.corpus = "pydoc"
@@ -27,11 +27,11 @@ def get_config() -> ConfigDict:
     config.model.segments.gradient = "stop"
     config.model.segments.weights = (0.0, 1.0)
     config.loss.z_weight = 1e-4
-    config.eval.every_steps = 125
+    config.eval.every_steps = 150
     config.eval.max_windows = 128
-    config.checkpoint.every_steps = 125
-    config.log.histogram_every_steps = 125
-    config.sample.every_steps = 125
+    config.checkpoint.every_steps = 150
+    config.log.histogram_every_steps = 150
+    config.sample.every_steps = 150
     config.sample.prompt = "Return "
     config.sample.max_new_tokens = 120
     return config
