@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     config.model.n_heads = 4
     config.model.ssm.expansion = 1.0
     config.model.hopfield.depth_schedule = (2, 1)
+    config.model.mixer.path_dropout = 0.1  # else the gates soon read one path alone
     config.model.segments.gradient = "stop"
     config.model.segments.weights = (0.0, 1.0)
     config.loss.z_weight = 1e-4
