@@ -1,6 +1,9 @@
 """A first run: a small hybrid with all three memories, on text that every Python carries.
 
 Command:   ./run      (python -m hippocampus.train --config=configs/quickstart.py)
+Hardware:  two CPU cores, about 3 minutes (5,500 bytes/s); one NVIDIA H200, 240,000 to 370,000
+           bytes/s
+Result:    2.25 bits per byte on the validation split (byte trigram model: 2.96)
 """
 
 from ml_collections import ConfigDict
@@ -24,7 +27,7 @@ def get_config() -> ConfigDict:
     config.model.n_heads = 4
     config.model.ssm.expansion = 1.0
     config.model.hopfield.depth_schedule = (2, 1)
-    config.model.mixer.path_dropout = 0.1  # else the gates soon read one path alone
+    config.model.mixer.path_dropout = 0.1  # keeps the gates from reading one path alone
     config.model.segments.gradient = "stop"
     config.model.segments.weights = (0.0, 1.0)
     config.loss.z_weight = 1e-4

@@ -4,6 +4,9 @@
 learned input scale, and the gates of the upper layers start in its favour.
 
 Command:   python -m hippocampus.train --config=configs/shakespeare.py
+Hardware:  one NVIDIA H200, bfloat16: about 450,000 characters/s
+Result:    best validation loss 1.463 (averaged weights, step 2,250 of 3,000; training loss there
+           about 1.24, at the end 1.18), the whole last tenth in windows of 128, one seed
 Without the state space:   --config.model.paths=hopfield,attention
 State space only above layer 2:   --config.model.ssm.first_layer=2
 Equal gates everywhere:   --config.model.ssm.dominant_from_layer=-1

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -313,10 +314,16 @@ def _conclude(console: RunConsole, config: Config, folder: RunFolder, data: Trai
     write_atomically(folder.samples / "best.txt", config.sample.prompt + text)
     console.sample(best.step or 0, config.sample.prompt, text)
     console.say("next:")
-    console.say(f"  python -m hippocampus.sample --workdir={folder.path} "
+    console.say(f"  {_python()} -m hippocampus.sample --workdir={folder.path} "
                 f"--prompt={shlex.quote(config.sample.prompt)}")
-    console.say(f"  tensorboard --logdir={folder.path}")
+    console.say(f"  tensorboard --logdir={folder.path}      (pip install tensorboard)")
     console.say("  go on: the same command with a larger --config.train.steps")
+
+
+def _python() -> str:
+    """This interpreter, as a person would type it from here."""
+    here = Path(sys.executable)
+    return str(here.relative_to(Path.cwd())) if here.is_relative_to(Path.cwd()) else "python"
 
 
 def _due(step: int, every: int) -> bool:
