@@ -3,7 +3,9 @@
 Model FLOPs utilisation (MFU) here = `training_flops_per_token` * tokens per second / (devices *
 dense peak in the compute dtype). A multiply-add counts 2. Counted are matrix products and
 attention scores over the causal half; not counted are elementwise work, scans, and anything
-rematerialisation does twice. A pass without gradient counts its forward only.
+rematerialisation does twice. A pass without gradient counts its forward only. Without feedback
+every pass feeds the same embeddings to the paths of layer 0, which a compiler may compute once;
+they count for every pass all the same.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ def training_flops_per_token(config: Config) -> float:
     head = 2.0 * padded_vocabulary(model.vocab_size) * model.d_model
     controller = 2.0 * segments.controller_width * (
         model.d_model + model.n_layers * len(PATHS)) if R > 1 else 0.0
+    if R > 1 and segments.feedback:
+        controller += 2.0 * model.d_model**2
     supervised = sum(1 for w in segments.weights[-R:] if w)
     # With "stop", gradients reach an earlier pass only through its own loss.
     differentiated = R if segments.gradient == "full" else supervised

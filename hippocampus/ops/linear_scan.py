@@ -39,6 +39,7 @@ def linear_scan(
     """
     if backend not in _BACKENDS:
         raise ConfigError(f"linear_scan backend is {backend!r}", f"known: {', '.join(_BACKENDS)}")
+    a_BTE, x_BTE = jnp.asarray(a_BTE), jnp.asarray(x_BTE)
     if reset_BT is not None:
         a_BTE = jnp.where(reset_BT[..., None], 0.0, a_BTE)
     if h0_BE is None:
