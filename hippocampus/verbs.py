@@ -62,6 +62,8 @@ def run_verb(main: Callable[[Sequence[str]], Any], arguments: Sequence[str] | No
         main(arguments)
     except HippocampusError as error:
         sys.exit(_report(error, debug))
+    except KeyboardInterrupt:  # outside the loop, where there is nothing to save
+        sys.exit(_report(Stopped("interrupted", "start the same command again"), debug))
     except Exception as error:
         known = _out_of_memory(error)
         if known is not None:

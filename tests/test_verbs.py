@@ -44,6 +44,11 @@ def test_error_is_one_line_with_a_hint_and_its_exit_code(capsys, error, code, fi
     assert outcome(capsys, raising(error)) == (code, [first, f"hint: {error.hint}"])
 
 
+def test_control_c_outside_the_loop_is_one_line_too(capsys):
+    code, lines = outcome(capsys, raising(KeyboardInterrupt()))
+    assert code == 75 and lines[0] == "stopped: interrupted"
+
+
 def test_error_without_a_hint_is_one_line(capsys):
     assert outcome(capsys, raising(ConfigError("bad"))) == (64, ["error: bad"])
 

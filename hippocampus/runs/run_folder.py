@@ -67,6 +67,11 @@ class RunFolder:
         """Text written while training."""
         return self.path / "samples"
 
+    @property
+    def results(self) -> Path:
+        """The evaluation at the end of the run."""
+        return self.path / "results.json"
+
     def is_run(self) -> bool:
         """Whether a run was started here."""
         return self.config.is_file()

@@ -66,7 +66,6 @@ class Run:
     checkpoints: Checkpoints
     clock: Clock
     pending: tuple[int, dict[str, jax.Array]] | None = None
-    saved_step: int = -1
     best_loss: float = field(default=float("inf"))
 
     def place(self, batch: Any) -> Any:
@@ -115,8 +114,9 @@ def fit(config: Config, workdir: str | Path | None = None) -> Path:
         write_atomically(folder.config, to_json(config, automatic))  # last: it marks a run
         _greet(console, config, folder, data, model)
         with Checkpoints(folder.steps, config.checkpoint) as checkpoints:
-            _train(config, folder, data, model, mesh, console, checkpoints)
-        _conclude(console, config, folder, data)
+            trained = _train(config, folder, data, model, mesh, console, checkpoints)
+        if trained or not folder.results.exists():
+            _conclude(console, config, folder, data)
     finally:
         console.stop()
         lock.release()
@@ -150,27 +150,27 @@ def check_resumable(folder: RunFolder, config: Config, automatic: tuple[str, ...
 
 
 def _train(config: Config, folder: RunFolder, data: TrainingData, model: Any, mesh: Mesh,
-           console: RunConsole, checkpoints: Checkpoints) -> None:
-    """From the newest checkpoint, or the seed, to the last step."""
+           console: RunConsole, checkpoints: Checkpoints) -> bool:
+    """From the newest checkpoint, or the seed, to the last step; False if that was reached."""
     optimizer = build_optimizer(config.optimizer, config.train.steps)
     first_state, like, shardings = sharded_init(model, optimizer, config, mesh)
     done = checkpoints.latest or 0
     if done >= config.train.steps:
         console.say(f"this run is finished ({done} steps); raise train.steps to go on")
-        return
+        return False
     if done:
         state = TrainState.from_trees(checkpoints.restore(done, like.trees()))
         console.say(f"going on from step {done}")
     else:
         state = first_state()
     cut_metrics(folder.metrics, done)
+    folder.results.unlink(missing_ok=True)  # of an earlier, shorter run
     trackers: list[Tracker] = [JsonLines(folder.metrics), TensorBoard(folder.path, done + 1)]
     if config.log.wandb_project:
         trackers.append(WeightsAndBiases(config.log.wandb_project, folder, fields(config)))
     run = Run(config, folder, data, model, mesh,
               jit_train_step(train_step(model, optimizer, config), mesh, shardings), console,
-              Trackers(trackers), checkpoints, Clock(config, len(jax.devices())),
-              saved_step=done)
+              Trackers(trackers), checkpoints, Clock(config, len(jax.devices())))
     run.best_loss = min((loss for loss in checkpoints.losses().values() if loss is not None),
                         default=float("inf"))
     console.say("compiling the training step (10 to 60 seconds, once) …")
@@ -180,6 +180,7 @@ def _train(config: Config, folder: RunFolder, data: TrainingData, model: Any, me
             _loop(run, state, done, stop)
     finally:
         run.trackers.close()
+    return True
 
 
 def _loop(run: Run, state: TrainState, done: int, stop: StopSignal) -> None:
@@ -302,7 +303,7 @@ def _conclude(console: RunConsole, config: Config, folder: RunFolder, data: Trai
     scored = {name: evaluate(lm.model, lm.params, windows, data.bytes_per_token)
               for name, lm in (("raw", raw), ("ema", best)) if name == "raw" or config.ema.decay}
     values = _eval_values("final", scored)
-    write_atomically(folder.path / "results.json", _json({"step": best.step, **values}))
+    write_atomically(folder.results, _json({"step": best.step, **values}))
     rows = [[name, f"{nats:.4f}", f"{nats / (np.log(2) * data.bytes_per_token):.4f}"]
             for name, nats in data.lines().items()]
     rows += [[f"this model, {'average' if name == 'ema' else 'raw'} weights, step {best.step}",

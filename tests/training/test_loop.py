@@ -277,6 +277,7 @@ def again(tmp_path, capsys, **changes) -> tuple[Path, str]:
 def test_finished_run_says_so_and_changes_no_number(tmp_path, capsys, trained):
     folder, out = again(tmp_path, capsys)
     assert "this run is finished (12 steps); raise train.steps to go on" in out
+    assert "validation:" not in out  # nothing is evaluated a second time
     for name in ("metrics.jsonl", "results.json"):
         assert (folder / name).read_bytes() == (trained / name).read_bytes()
 
