@@ -22,7 +22,7 @@ from typing import Any, TextIO
 import jax
 
 from hippocampus.config_files import read_json
-from hippocampus.errors import ConfigError, DataError
+from hippocampus.errors import ConfigError
 from hippocampus.files import write_atomically
 
 
@@ -100,17 +100,6 @@ class RunFolder:
         nearest = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             raise ConfigError(f"cannot write to {nearest}", "choose another --workdir")
-
-    def read_tokenizer_text(self) -> str:
-        """The text of tokenizer.json.
-
-        Raises:
-          DataError: it is not there.
-        """
-        try:
-            return self.tokenizer.read_text("utf-8")
-        except OSError:
-            raise DataError(f"no tokenizer at {self.tokenizer}", "is this a run folder?") from None
 
 
 _LOCK = ".lock"

@@ -303,7 +303,6 @@ def _conclude(console: RunConsole, config: Config, folder: RunFolder, data: Trai
     scored = {name: evaluate(lm.model, lm.params, windows, data.bytes_per_token)
               for name, lm in (("raw", raw), ("ema", best)) if name == "raw" or config.ema.decay}
     values = _eval_values("final", scored)
-    write_atomically(folder.results, _json({"step": best.step, **values}))
     rows = [[name, f"{nats:.4f}", f"{nats / (np.log(2) * data.bytes_per_token):.4f}"]
             for name, nats in data.lines().items()]
     rows += [[f"this model, {'average' if name == 'ema' else 'raw'} weights, step {best.step}",
@@ -314,6 +313,7 @@ def _conclude(console: RunConsole, config: Config, folder: RunFolder, data: Trai
     folder.samples.mkdir(exist_ok=True)
     write_atomically(folder.samples / "best.txt", config.sample.prompt + text)
     console.sample(best.step or 0, config.sample.prompt, text)
+    write_atomically(folder.results, _json({"step": best.step, **values}))  # last: it is concluded
     console.say("next:")
     console.say(f"  {_python()} -m hippocampus.sample --workdir={folder.path} "
                 f"--prompt={shlex.quote(config.sample.prompt)}")

@@ -9,7 +9,7 @@ import pytest
 
 from hippocampus.config import PATHS
 from hippocampus.data.batches import Batch
-from hippocampus.models.build_model import build_model, count_parameters, parameter_shapes
+from hippocampus.models.build_model import count_parameters, parameter_shapes
 from hippocampus.models.interventions import Interventions
 from hippocampus.testing import (
     assert_close,
@@ -66,17 +66,6 @@ CONFIGS = {
         "model.paths": ("ssm", "hopfield"), "model.hopfield.depth_schedule": (2, 1, 1),
         "model.hopfield.patterns": "slots"},
 }
-
-
-@pytest.fixture(scope="module")
-def built(tiny_config, random_parameters):
-    """overrides -> (model, random parameters)."""
-    @functools.cache
-    def make(items):
-        model = build_model(tiny_config(dict(items)))
-        return model, random_parameters(model)
-
-    return lambda overrides=None: make(tuple((overrides or {}).items()))
 
 
 @functools.cache

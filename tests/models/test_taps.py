@@ -1,6 +1,5 @@
 """Named intermediates: the names are stable, reading is free, an edit changes what follows it."""
 
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 
 from hippocampus.errors import ConfigError
-from hippocampus.models.build_model import build_model
 from hippocampus.models.taps import editable_names, run_with_cache, run_with_edits
 from hippocampus.testing import assert_close
 
@@ -28,16 +26,6 @@ READABLE = [
     *EDITABLE, "ssm.gate_in", "ssm.gate_forget", "hopfield.energy", "hopfield.effective_patterns",
     "hopfield.n_patterns", "hopfield.regime", "hopfield.beta", "mixer.entropy",
     "mixer.contribution"]
-
-
-@pytest.fixture(scope="module")
-def built(tiny_config, random_parameters):
-    @functools.cache
-    def make(items):
-        model = build_model(tiny_config(dict(items)))
-        return model, random_parameters(model)
-
-    return lambda overrides=None: make(tuple((overrides or {}).items()))
 
 
 @pytest.fixture(scope="module")

@@ -210,8 +210,3 @@ def test_environment_has_what_reproduces_a_number():
     assert {"jax", "jaxlib", "flax", "optax", "orbax-checkpoint"} <= set(record["packages"])
     assert record["devices"] and record["processes"] == 1
     assert {"python", "platform", "commit", "command", "xla_flags"} <= set(record)
-
-
-def test_missing_tokenizer_is_a_data_error(tmp_path):
-    with pytest.raises(DataError, match="no tokenizer at"):
-        RunFolder(tmp_path).read_tokenizer_text()
