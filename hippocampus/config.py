@@ -46,6 +46,8 @@ class TrainConfig:
     """How long, how much at once, and from which seed."""
 
     steps: int = _count(1000, "optimizer steps of the whole run")
+    epochs: float = _setting(0.0, "passes over the training text, instead of steps; 0 = as many "
+                             "steps as `steps` says", low=0, high=1e6)
     seed: int = _count(0, "seed of the initial parameters, the data order and dropout", low=0)
     batch_size: int = _count(32, "sequences per optimizer step, over all devices")
     grad_accumulation: int = _count(1, "micro-batches that one optimizer step is split into")
@@ -168,7 +170,11 @@ class HybridConfig:
     rope_theta: float = _setting(10_000.0, "base of the rotary frequencies", above=0, high=1e12)
     max_length: int = _count(0, "rows of the learned position table; 0 = data.context", low=0)
     tie_embeddings: bool = _setting(True, "one table for input and output")
+    embedding_width: int = _count(0, "width of the tables, with a projection to and from d_model; "
+                                  "0 = d_model", low=0, high=65_536)
     dropout: float = _setting(0.0, "dropout after each block half", low=0, below=1)
+    token_noise: float = _setting(0.0, "chance that training reads another row's token instead of "
+                                  "its own (targets stay)", low=0, below=1)
     scan_layers: bool = _setting(False, "compile runs of equal layers once (lax.scan)")
     remat: str = _setting("none", "what the backward pass recomputes: none, dots (all but matrix "
                           "products), or full (the whole block)", choices=("none", "dots", "full"))
@@ -271,7 +277,7 @@ class MeshConfig:
     tensor: int = _count(1, "size over which matrices are split")
     sequence: int = _count(1, "size over which the time axis is split", high=1)
     rules: tuple[tuple[str, str], ...] = _setting(
-        ((r"embedding$|head$", "tensor,fsdp"), (r"(out|down)/kernel$", "tensor,fsdp"),
+        ((r"embedding$|head$", "tensor,fsdp"), (r"(out|down)/kernel$|head_down$", "tensor,fsdp"),
          (r"kernel$", "fsdp,tensor")),
         "(regular expression over the parameter path, mesh axis of each dimension or '-'); the "
         "first match counts, dimensions that do not divide stay whole, no match = replicated")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import shlex
 import sys
 from collections.abc import Mapping
@@ -46,8 +47,8 @@ from hippocampus.training.trackers import (
     WeightsAndBiases,
 )
 
-MAY_CHANGE = ("name", "train.steps", "eval.", "checkpoint.", "log.", "sample.", "mesh.",
-              "train.grad_accumulation")
+MAY_CHANGE = ("name", "train.steps", "train.epochs", "train.grad_accumulation", "eval.",
+              "checkpoint.", "log.", "sample.", "mesh.")
 """Fields, or groups of them, that may differ when a run goes on."""
 
 
@@ -96,8 +97,9 @@ def fit(config: Config, workdir: str | Path | None = None) -> Path:
                          config.train.grad_accumulation)
     sharding.check_batch(mesh, config.eval.batch_size, "eval.batch_size")
     data = read_data(config)
-    config, automatic = resolve(dataclasses.replace(config, model=dataclasses.replace(
-        config.model, vocab_size=data.tokenizer.vocab_size)))
+    config = _with_steps(dataclasses.replace(config, model=dataclasses.replace(
+        config.model, vocab_size=data.tokenizer.vocab_size)), data)
+    config, automatic = resolve(config)
     model = build_model(config)
 
     console = RunConsole(config.train.steps, quiet=jax.process_index() > 0)
@@ -147,6 +149,15 @@ def check_resumable(folder: RunFolder, config: Config, automatic: tuple[str, ...
         notes.append(f"note: train.steps was {saved.train.steps}, is {config.train.steps}: the "
                      "learning-rate schedule moves")
     return notes
+
+
+def _with_steps(config: Config, data: TrainingData) -> Config:
+    """The config with `train.epochs` turned into the steps that they are."""
+    if not config.train.epochs:
+        return config
+    windows = config.train.epochs * data.batches(config).windows_per_epoch
+    steps = max(1, math.ceil(windows / config.train.batch_size))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
 
 
 def _train(config: Config, folder: RunFolder, data: TrainingData, model: Any, mesh: Mesh,
