@@ -79,7 +79,7 @@ def test_sizes_of_a_study_share_everything_but_the_widths():
 
 @pytest.mark.parametrize("file", ["wikitext_mini.py", "shakespeare.py"])
 def test_an_unknown_size_is_refused_with_the_known_ones(file):
-    with pytest.raises(ConfigError, match="has no size '7b'.*10m"):
+    with pytest.raises(ConfigError, match=r"has no size .7b..*10m"):
         config_of(f"{file}:7b")
 
 
