@@ -10,8 +10,8 @@ lists the files, which $HIPPOCAMPUS_DATA has to hold.
 
 Command:   python -m hippocampus.train --config=configs/wikitext_mini.py
 Tokens:    2,000 steps of 32 x 512 = 33 million, about 15 times the training text
-Recipe:    label smoothing and rectified flow off; the text is read many times, so dropout, weight
-           decay and token noise are high
+Recipe:    the text is read many times and the validation text is of another style, so dropout,
+           weight decay, token noise and label smoothing are on; rectified flow is off
 """
 
 from ml_collections import ConfigDict
@@ -47,7 +47,8 @@ def get_config(size: str = "25m") -> ConfigDict:
     (config.model.d_model, config.model.n_heads, config.model.attention.n_kv_heads,
      config.model.mlp.width) = SIZES[size]
     config.model.dropout = 0.3
-    config.model.token_noise = 0.05
+    config.model.token_noise = 0.15
+    config.loss.label_smoothing = 0.1
     if size == "bytes":
         config.data.tokenizer = "bytes"
         config.data.vocab_size = 0
