@@ -111,12 +111,44 @@ def open_files(parts: Mapping[str, Sequence[Path]]) -> Table:
     sizes = [(split, len(paths)) for split, paths in parts.items()]
 
     def open_split(split: str) -> Any:
+        if kind == "parquet":
+            return _ParquetFiles(parts[split])
         files = [str(path) for path in parts[split]]
-        return datasets.load_dataset(kind, data_files={"train": files}, split="train",
+        return datasets.load_dataset("json", data_files={"train": files}, split="train",
                                      streaming=True)
 
     name = str(every[0]) if len(every) == 1 else f"{every[0]} and {len(every) - 1} more"
     return Table(name, tuple(parts), _key("files", sizes, digests), open_split)
+
+
+class _ParquetFiles:
+    """Local .parquet files with the few methods of a `datasets` data set that are used here.
+
+    The library's own reader decodes ahead of what is taken, and its memory grows with the file.
+    """
+
+    def __init__(self, paths: Sequence[Path], columns: list[str] | None = None):
+        self._paths, self._columns = paths, columns
+
+    @property
+    def column_names(self) -> list[str]:
+        import pyarrow.parquet
+
+        return list(pyarrow.parquet.read_schema(self._paths[0]).names)
+
+    def select_columns(self, columns: list[str]) -> _ParquetFiles:
+        return _ParquetFiles(self._paths, columns)
+
+    def with_format(self, kind: str) -> _ParquetFiles:
+        assert kind == "arrow"
+        return self
+
+    def iter(self, batch_size: int) -> Iterator[Any]:
+        import pyarrow.parquet
+
+        for path in self._paths:
+            with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+                yield from file.iter_batches(batch_size, columns=self._columns, use_threads=False)
 
 
 def is_saved(path: Path) -> bool:

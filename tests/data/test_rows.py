@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -316,14 +317,16 @@ def test_rows_are_never_all_in_memory(tmp_path):
         "import resource, sys\n"
         "from hippocampus.config import DataConfig\n"
         "from hippocampus.data.corpora import open_corpus\n"
-        "corpus = open_corpus(DataConfig(corpus=sys.argv[1], validation_files=sys.argv[1]))\n"
-        "stream = corpus.documents('train')\n"
-        "total = sum(len(next(stream)) for _ in range(10_000))\n"
+        "def total(path):\n"
+        "    corpus = open_corpus(DataConfig(corpus=path, validation_files=path))\n"
+        "    return sum(map(len, corpus.documents('train')))\n"
+        "total(sys.argv[1])\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "total += sum(map(len, stream))\n"
-        "print(total, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n")
-    run = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True,
-                         check=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
+        "print(total(sys.argv[2]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n")
+    small = parquet(tmp_path / "small.parquet", texts[:1000])
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(small), str(path)], capture_output=True, text=True,
+        check=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])})
     total, grown = map(int, run.stdout.split())
     assert total > 150e6
     assert grown < 80_000  # kilobytes
