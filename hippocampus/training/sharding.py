@@ -12,6 +12,7 @@ around them (hippocampus.ops.placement), where `on_mesh` puts it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections.abc import Callable
@@ -160,6 +161,11 @@ def on_mesh(function: Function, mesh: Mesh) -> Function:
     return placed  # type: ignore[return-value]
 
 
+def around(mesh: Mesh) -> contextlib.AbstractContextManager:
+    """A context in which functions jitted elsewhere see the mesh, if it has several devices."""
+    return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
+
+
 def to_host(tree: Any, mesh: Mesh) -> Any:
     """Whole numpy arrays of a tree that may lie on the devices of several processes.
 
@@ -170,3 +176,10 @@ def to_host(tree: Any, mesh: Mesh) -> Any:
         return jax.device_get(tree)
     gather = jax.jit(lambda array: array, out_shardings=replicated(mesh))
     return jax.tree.map(lambda array: np.asarray(gather(array).addressable_data(0)), tree)
+
+
+def to_one_device(tree: Any, mesh: Mesh) -> Any:
+    """A tree on this process's first device, for what is not spread; every process calls it."""
+    if jax.process_count() > 1:
+        tree = to_host(tree, mesh)
+    return jax.device_put(tree, jax.local_devices()[0])
