@@ -153,7 +153,13 @@ def to_devices(batch: Any, mesh: Mesh, rows: slice | None = None,
 
 
 def on_mesh(function: Function, mesh: Mesh) -> Function:
-    """The function with the mesh around what it computes, for ops to see; to be jitted."""
+    """The function with the mesh around what it computes, for ops to see; to be jitted.
+
+    On one device it is the function itself.
+    """
+    if mesh.size == 1:
+        return function
+
     @functools.wraps(function)
     def placed(*args: Any, **kwargs: Any) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

@@ -180,24 +180,33 @@ def test_four_devices_give_the_same_bits_over_one_two_and_four_processes(tmp_pat
                read_metrics(tmp_path / "4" / "metrics.jsonl"), strict=True)
     for one, four in rows:
         for name in ("train/loss", "eval/loss"):
-            assert one.get(name) == pytest.approx(four.get(name), rel=1e-5)
+            if name in one:
+                assert one[name] == pytest.approx(four[name], rel=1e-5)
 
 
 @pytest.mark.full
 def test_run_goes_on_with_another_number_of_processes(tmp_path):
-    plan = ((1, 4, 4), (4, 1, 8), (2, 2, 12))
-    for n, devices, steps in plan:
-        found = train(tmp_path / "run", n, devices, {
-            **RUN, "train__steps": steps, "optimizer__schedule": "constant"})
+    changes = {**RUN, "mesh__sequence": 2, "optimizer__schedule": "constant", "eval__every_steps": 0}
+    for n, steps in ((1, 4), (4, 8), (2, 12)):
+        found = train(tmp_path / "run", n, 4 // n, {**changes, "train__steps": steps})
         assert codes(found) == [0] * n, found[0].stderr[-5:]
-    (alone,) = train(tmp_path / "one", 1, 4, {
-        **RUN, "train__steps": 12, "optimizer__schedule": "constant"})
+    (alone,) = train(tmp_path / "one", 1, 4, {**changes, "train__steps": 12})
     assert alone.popen.returncode == 0
-    wanted = {step: row for step, row in numbers(tmp_path / "one")
-              if row[0][0] != "eval/bits_per_byte"}
-    found_rows = {step: row for step, row in numbers(tmp_path / "run")
-                  if row[0][0] != "eval/bits_per_byte"}
-    assert found_rows == wanted and len(wanted) == 12
+    trained = [[row for row in numbers(tmp_path / name) if row[1][0][0].startswith("mixer")]
+               for name in ("run", "one")]
+    assert len(trained[0]) == 12 and trained[0] == trained[1]
+
+
+@pytest.mark.full
+def test_sums_over_four_devices_differ_by_rounding_only(tmp_path):
+    # Gloo, between processes, adds four numbers in another order than XLA inside of one.
+    for n in (1, 2, 4):
+        found = train(tmp_path / str(n), n, 4 // n, {**RUN, "train__steps": 4})
+        assert codes(found) == [0] * n, found[0].stderr[-5:]
+    assert numbers(tmp_path / "2") == numbers(tmp_path / "4")
+    for row, wanted in zip(numbers(tmp_path / "1"), numbers(tmp_path / "4"), strict=True):
+        assert [float.fromhex(value) for _, value in row[1]] == pytest.approx(
+            [float.fromhex(value) for _, value in wanted[1]], rel=1e-5)
 
 
 def test_environment_of_the_tests_has_nothing_of_a_cluster(monkeypatch):
