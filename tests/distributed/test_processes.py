@@ -186,7 +186,8 @@ def test_four_devices_give_the_same_bits_over_one_two_and_four_processes(tmp_pat
 
 @pytest.mark.full
 def test_run_goes_on_with_another_number_of_processes(tmp_path):
-    changes = {**RUN, "mesh__sequence": 2, "optimizer__schedule": "constant", "eval__every_steps": 0}
+    changes = {**RUN, "mesh__sequence": 2, "optimizer__schedule": "constant",
+               "eval__every_steps": 0}
     for n, steps in ((1, 4), (4, 8), (2, 12)):
         found = train(tmp_path / "run", n, 4 // n, {**changes, "train__steps": steps})
         assert codes(found) == [0] * n, found[0].stderr[-5:]
