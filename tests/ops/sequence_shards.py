@@ -106,19 +106,21 @@ def distances(shapes: list[list[int]]) -> dict[str, dict[str, float]]:
             array, tokens if array.shape[:2] == (B, T) else NamedSharding(mesh, PartitionSpec())),
             arguments)
         here = jax.jit(on_mesh(compute, mesh))(placed)
-        found[str(tuple(shape))] = {name: max(
-            _distance(np.asarray(one), np.asarray(other)) for one, other in zip(
-                jax.tree.leaves(here[name]), jax.tree.leaves(wanted[name]), strict=True))
-            for name in cases}
+        found[str(tuple(shape))] = {
+            name: _distance(here[name], wanted[name]) for name in cases}
     return found
 
 
-def _distance(one: Any, other: Any) -> float:
-    import jax.numpy as jnp
+def _distance(tree: Any, wanted: Any) -> float:
+    """The largest of any leaf; float32 parameters of bfloat16 states are as coarse as those."""
+    import jax
     import numpy as np
 
-    scale = float(jnp.finfo(other.dtype).eps) * float(abs(other.astype(np.float32)).max())
-    return float(abs(one.astype(np.float32) - other.astype(np.float32)).max()) / scale
+    leaves, others = ([np.asarray(leaf) for leaf in jax.tree.leaves(t)] for t in (tree, wanted))
+    epsilon = max(float(jax.numpy.finfo(leaf.dtype).eps) for leaf in others)
+    return max(float(abs(a.astype(np.float32) - b.astype(np.float32)).max())
+               / (epsilon * float(abs(b.astype(np.float32)).max()))
+               for a, b in zip(leaves, others, strict=True))
 
 
 if __name__ == "__main__":
