@@ -20,6 +20,7 @@ from hippocampus.models.interventions import NEUTRAL, Interventions
 from hippocampus.models.layer_stack import run_layers
 from hippocampus.models.segment_reasoner import SegmentReasoner
 from hippocampus.ops.cross_entropy import Head
+from hippocampus.ops.embedding import embed
 
 VOCAB_MULTIPLE = 128
 _NOISE = 2**31
@@ -104,7 +105,7 @@ class HybridLM(nn.Module):
             tokens_BT = noisy(tokens_BT, cfg.token_noise, jax.random.fold_in(key, _NOISE))
         x_BTD = self._embed(tokens_BT)
         if cfg.position == "learned":
-            x_BTD = x_BTD + self.position_TD[positions_BT].astype(self.dtype)
+            x_BTD = x_BTD + embed(self.position_TD, positions_BT).astype(self.dtype)
         x_BTD = self.edit("embedding", x_BTD)
 
         passes, chosen = cfg.segments.train, None
@@ -152,7 +153,7 @@ class HybridLM(nn.Module):
 
     def _embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Rows of the table, brought to unit size and to the width of the model."""
-        rows_BTE = self.embedding_VE[tokens_BT].astype(self.dtype)
+        rows_BTE = embed(self.embedding_VE, tokens_BT).astype(self.dtype)
         x_BTE = rows_BTE * jnp.asarray(rows_BTE.shape[-1]**0.5, self.dtype)
         return self.embedding_up(x_BTE) if self.config.embedding_width else x_BTE
 
