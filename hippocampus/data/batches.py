@@ -1,4 +1,4 @@
-"""Batches of windows over one stream of ids: `Batch`, `ShuffledWindows`, `EvaluationWindows`.
+"""Batches of windows over ids: `Batch`, `ShuffledWindows`, `Streams`, `EvaluationWindows`.
 
 A training batch is a pure function of (seed, step), so that resuming, rolling back and changing
 the number of hosts need nothing but the step. Shuffling therefore keeps no list of what is left:
@@ -93,12 +93,18 @@ class ShuffledWindows:
         context: T, tokens in a window.
         batch_size: B, rows in a batch.
         seed: which stream.
+        document_starts: where documents begin in `ids`, sorted, for batches with document ids
+            and positions; None: a window is read as one document.
+        marked: whether every document begins with a token that says so. Where documents are
+            kept apart, the prediction of the next document's first token has weight 0 otherwise.
     """
 
     ids: Integer[np.ndarray, " n"]
     context: int
     batch_size: int
     seed: int
+    document_starts: Int64[np.ndarray, " d"] | None = None
+    marked: bool = False
 
     def __post_init__(self):
         if self.windows_per_epoch < 1:
@@ -124,17 +130,85 @@ class ShuffledWindows:
             rows: which rows of it, for a host that feeds only some; None: all.
 
         Returns:
-            A batch of numpy arrays, [rows, context], every prediction with weight 1.
+            A batch of numpy arrays, [rows, context]; with `document_starts` it has document ids
+            (1, 2, … in every window) and positions.
         """
         row = np.arange(self.batch_size)[rows or slice(None)]
         epoch, index = np.divmod(step * self.batch_size + row, self.windows_per_epoch)
-        key = _mix(_mix(np.uint64(self.seed % 2**64)) ^ epoch.astype(np.uint64))
+        key = _epoch_key(self.seed, epoch)
         offset = (_mix(key) % np.uint64(self.context)).astype(np.int64)
         start = offset + permute(index, self.windows_per_epoch, key) * self.context
-        window = self.ids[start[:, None] + np.arange(self.context + 1)].astype(np.int32)
-        weight = np.ones((len(row), self.context), np.float32)
-        host: Any = (window[:, :-1], window[:, 1:], weight)  # NumPy stands in until it is placed
-        return Batch(*host)
+        return _windows(self._views, start, self.document_starts, self.marked)
+
+    @cached_property
+    def _views(self) -> np.ndarray:
+        return _views(self.ids, self.context)
+
+
+@dataclass(frozen=True, eq=False)
+class Streams:
+    """Batches in which row b of a step goes on where row b of the step before ended.
+
+    Every epoch cuts the ids, from an offset of its own, into `batch_size` strips of equal length,
+    deals them to the rows in an order of its own, and reads all of them from front to back.
+
+    Attributes:
+        ids, context, batch_size, seed, document_starts, marked: as for `ShuffledWindows`.
+    """
+
+    ids: Integer[np.ndarray, " n"]
+    context: int
+    batch_size: int
+    seed: int
+    document_starts: Int64[np.ndarray, " d"] | None = None
+    marked: bool = False
+
+    def __post_init__(self):
+        if self.steps_per_epoch < 1:
+            raise DataError(
+                f"the training text has {len(self.ids)} tokens, and {self.batch_size} streams in "
+                f"windows of {self.context} need at least {(self.batch_size + 1) * self.context}",
+                "use a longer text, or a smaller --config.data.context or train.batch_size",
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that every epoch takes, whatever its offset, which is below context."""
+        return (len(self.ids) - self.context) // (self.batch_size * self.context)
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """Windows in every epoch."""
+        return self.steps_per_epoch * self.batch_size
+
+    def batch(self, step: int, rows: slice | None = None) -> Batch:
+        """Return the batch of one step; the same one whenever it is asked for.
+
+        Args:
+            step: number of the step, from 0.
+            rows: which rows of it, for a host that feeds only some; None: all.
+
+        Returns:
+            A batch of numpy arrays, [rows, context]. `reset_B` is set in the first step of an
+            epoch, and with `document_starts` where a window begins with a document.
+        """
+        row = np.arange(self.batch_size)[rows or slice(None)]
+        epoch, index = divmod(step, self.steps_per_epoch)
+        key = _epoch_key(self.seed, np.full(len(row), epoch))
+        offset = (_mix(key) % np.uint64(self.context)).astype(np.int64)
+        strip = permute(row, self.batch_size, key)
+        start = offset + (strip * self.steps_per_epoch + index) * self.context
+        batch = _windows(self._views, start, self.document_starts, self.marked)
+        reset: Any = np.full(len(row), index == 0)
+        if self.document_starts is not None:
+            starts = np.asarray(self.document_starts)
+            place = np.minimum(np.searchsorted(starts, start), len(starts) - 1)
+            reset |= starts[place] == start
+        return batch.replace(reset_B=reset)
+
+    @cached_property
+    def _views(self) -> np.ndarray:
+        return _views(self.ids, self.context)
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,6 +309,53 @@ class EvaluationWindows:
         missing = self.batch_size - len(windows)
         host: Any = [np.pad(array, ((0, missing), (0, 0))) for array in arrays]
         return Batch(*host)
+
+
+def _views(ids: np.ndarray, context: int) -> np.ndarray:
+    """All windows of a text as rows of a view, so that numpy copies whole rows."""
+    # The base class does without the overhead of a memory map.
+    return np.lib.stride_tricks.sliding_window_view(np.asarray(ids), context)
+
+
+def _windows(
+    views: np.ndarray, start: np.ndarray, document_starts: np.ndarray | None, marked: bool
+) -> Batch:
+    """The windows that begin at each start, one a row."""
+    tokens, targets = views[start].astype(np.int32), views[start + 1].astype(np.int32)
+    weight = np.ones(tokens.shape, np.float32)
+    documents = () if document_starts is None else _documents(
+        np.asarray(document_starts), start, views.shape[1], weight, marked)
+    host: Any = (tokens, targets, weight, *documents)  # NumPy stands in until it is placed
+    return Batch(*host)
+
+
+def _documents(
+    starts: np.ndarray, start: np.ndarray, context: int, weight_BT: np.ndarray, marked: bool
+) -> tuple[Any, Any]:
+    """Document ids and positions of windows; clears the weight where a document ends unmarked.
+
+    Work grows with the documents that begin in the windows, not with all there are.
+    """
+    rows = len(start)
+    first = np.searchsorted(starts, start, "right")
+    end = np.searchsorted(starts, start + context, "right")  # the last target's place belongs
+    counts = end - first
+    row = np.repeat(np.arange(rows), counts)
+    index = np.arange(len(row)) + np.repeat(first - (np.cumsum(counts) - counts), counts)
+    place = starts[index] - start[row]  # 1 .. context, of each beginning behind the first token
+    if not marked:
+        weight_BT[row, place - 1] = 0
+    inside = place < context
+    begins_BT = np.zeros((rows, context), np.int32)
+    begins_BT[row[inside], place[inside]] = place[inside]
+    document_ids_BT = np.cumsum(begins_BT > 0, axis=1, dtype=np.int32)
+    document_ids_BT += 1
+    positions_BT = np.arange(context, dtype=np.int32) - np.maximum.accumulate(begins_BT, axis=1)
+    return document_ids_BT, positions_BT
+
+
+def _epoch_key(seed: int, epoch: np.ndarray) -> np.ndarray:
+    return _mix(_mix(np.uint64(seed % 2**64)) ^ epoch.astype(np.uint64))
 
 
 def _feistel(x: np.ndarray, key: np.ndarray, half: np.uint64) -> np.ndarray:
