@@ -297,8 +297,9 @@ class EvaluationWindows:
         real_BT = at_BT < len(self.ids) - 1
         at_BT = np.minimum(at_BT, len(self.ids) - 2)
         counted_BT = real_BT & (place_T >= self._uncounted(windows)[:, None])
-        arrays = [np.where(real_BT, self.ids[at_BT], 0).astype(np.int32),
-                  np.where(real_BT, self.ids[at_BT + 1], 0).astype(np.int32),
+        ids = np.asarray(self.ids)  # the base class does without a memory map's overhead
+        arrays = [np.where(real_BT, ids[at_BT], 0).astype(np.int32),
+                  np.where(real_BT, ids[at_BT + 1], 0).astype(np.int32),
                   counted_BT.astype(np.float32)]
         if self.document_starts is not None:
             document_BT = np.searchsorted(self.document_starts, at_BT, side="right")

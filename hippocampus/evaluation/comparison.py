@@ -12,7 +12,6 @@ from typing import Any
 
 from rich.console import Group
 
-import hippocampus
 from hippocampus.config import Config
 from hippocampus.config_files import fields, read_json
 from hippocampus.devices import resolve
@@ -161,7 +160,8 @@ class Comparison:
         """The JSON file; what is not finite becomes null."""
         here = environment()
         content = {
-            "format": FORMAT, "version": hippocampus.__version__, "commit": here["commit"],
+            "format": FORMAT, "version": here["packages"].get("hippocampus"),
+            "commit": here["commit"],
             "command": here["command"], "runs": [_record(run) for run in self.runs],
             "differences": differences(self.runs), "notes": list(self.notes)}
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -240,12 +240,12 @@ def _measured(label: str, row: Mapping[str, Any], prefix: str, config: Config,
     if loss is None or not bits:
         return None
     per_word = row.get(f"{prefix}/word_perplexity")
-    context = config.eval.context or config.data.context
+    context = row.get("context") or config.eval.context or config.data.context
     return Measurement(
         label, loss, bytes_per_token=loss / (math.log(2) * bits),
         words_per_token=loss / math.log(per_word) if per_word and per_word > 1 else None,
         tokenizer=str(data.get("tokenizer")), text=f"{data.get('sha256')}:validation",
-        context=context, stride=config.eval.stride or context,
+        context=context, stride=row.get("stride") or config.eval.stride or context,
         unknown_rate=data.get("validation_unknown", 0) / max(1, data.get("validation_tokens", 1)))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int64, Integer
 
 from hippocampus.data.batches import EvaluationWindows
+from hippocampus.data.documents import count_words
 from hippocampus.data.shards import TokenSplit
 from hippocampus.data.tokenizers import Tokenizer
 from hippocampus.errors import DataError
@@ -110,8 +111,3 @@ def read_text(path: Path, tokenizer: Tokenizer) -> HeldOutText:
     unknown = 0 if tokenizer.unknown_id is None else int((ids == tokenizer.unknown_id).sum())
     return HeldOutText(path.name, hashlib.sha256(content).hexdigest(), "text", tokenizer, ids, None,
                        len(content) - tokenizer.count_bytes(ids[:1]), count_words(text), unknown)
-
-
-def count_words(text: str) -> int:
-    """WikiText's count: what stands between white space, and one `<eos>` for every line."""
-    return len(text.split()) + text.count("\n") + (not text.endswith("\n"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,8 +54,7 @@ def ngram_lines(
     orders = {name: n for name, n in (("bigram", 2), ("trigram", 3)) if vocab_size**n < 2**64}
     model = NgramModel.fit(train_ids[:max_counted], vocab_size, max(orders.values(), default=1))
     for name, order in orders.items():
-        lines[name] = _mean_cost(validation_ids, order,
-                                 lambda ids, n=order: -np.log(model.score(ids, n)))
+        lines[name] = _mean_cost(validation_ids, order, functools.partial(_nats, model, order))
     return lines
 
 
@@ -83,6 +83,10 @@ def count_ids(ids: Integer[np.ndarray, " n"], vocab_size: int) -> Int64[np.ndarr
     for first in range(0, len(ids), _CHUNK):
         counts += np.bincount(ids[first : first + _CHUNK], minlength=vocab_size)
     return counts
+
+
+def _nats(model: NgramModel, order: int, ids: np.ndarray) -> np.ndarray:
+    return -np.log(model.score(ids, order))
 
 
 def _mean_cost(

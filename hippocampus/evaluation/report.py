@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Group
 
-import hippocampus
-from hippocampus.data.batches import Batch
-from hippocampus.evaluation.evaluate import Evaluation, evaluate
+from hippocampus.config import Config
+from hippocampus.evaluation.evaluate import Evaluation
 from hippocampus.evaluation.held_out import HeldOutText
 from hippocampus.evaluation.tables import DIGEST_SHOWN, Measurement, MetricTable, csv_text, render
 from hippocampus.files import write_atomically
-from hippocampus.generation.language_model import LanguageModel
 from hippocampus.runs.run_folder import environment
 
 FORMAT = 1
@@ -47,6 +46,12 @@ class Windows:
     stride: int
     batch_size: int
 
+    @classmethod
+    def of(cls, config: Config) -> Windows:
+        """The run's own."""
+        return cls(config.eval.context or config.data.context, config.eval.stride,
+                   config.eval.batch_size)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -65,8 +70,9 @@ class Report:
     def render(self) -> Group:
         """For a console."""
         text, tokenizer, windows = (self.about[part] for part in ("text", "tokenizer", "windows"))
+        part = "" if text["split"] == "text" else f"{text['split']} of "
         title = [
-            f"{text['split']} of {text['corpus']} (sha256 {text['digest'][:DIGEST_SHOWN]}), "
+            f"{part}{text['corpus']} (sha256 {text['digest'][:DIGEST_SHOWN]}), "
             f"{self.about['config']} step {self.about['step']}",
             f"{text['tokens']:,} tokens predicted, {text['bytes']:,} bytes, "
             f"{text['words']:,} words",
@@ -119,40 +125,31 @@ class Report:
         text, windows = self.about["text"], self.about["windows"]
         name = text["split"]
         if name == "text":
-            name = f"text-{Path(text['corpus']).stem}-{text['digest'][:8]}"
+            plain = re.sub(r"[^\w.-]+", "_", Path(text["corpus"]).stem)
+            name = f"text-{plain}-{text['digest'][:8]}"
         weights = {row.weights for row in self.table.rows if row.weights}
         only = f"-{weights.pop()}" if len(weights) == 1 else ""
         return (f"{name}-step{self.about['step']}-c{windows['context']}-s{windows['stride']}"
                 f"{only}")
 
 
-def evaluate_models(
-    models: Mapping[str, LanguageModel], text: HeldOutText, windows: Windows,
-    lines: Mapping[str, float], notes: tuple[str, ...], run: Path,
-    track: Callable[[Iterable[Batch], str, int], Iterable[Batch]] = lambda batches, *_: batches,
-) -> tuple[Report, dict[str, Evaluation]]:
-    """Scores a text with the weights of one step.
+def make_report(
+    evaluations: Mapping[str, Evaluation], text: HeldOutText, windows: Windows,
+    lines: Mapping[str, float], notes: tuple[str, ...], *, config: Config, step: int | None,
+    run: Path,
+) -> Report:
+    """Puts the evaluations of one text beside the count-based lines.
 
     Args:
-      models: "raw" and "ema", or one of them.
-      text: what is predicted.
-      windows: how it is cut.
+      evaluations: by weights, "raw" or "ema", or both.
+      text: what was predicted.
+      windows: how it was cut.
       lines: nats per token of the count-based models.
       notes: what was counted and smoothed how.
+      config: of the run.
+      step: that the weights are of.
       run: the run folder.
-      track: wraps the batches of (name, number of batches) to show progress.
-
-    Returns:
-      The report, and the evaluations by weights.
     """
-    cut = text.windows(windows.context, windows.stride, windows.batch_size)
-    evaluations = {}
-    for weights, lm in models.items():
-        batches = track(cut, f"{WEIGHTS[weights]} weights", len(cut))
-        evaluations[weights] = evaluate(lm.model, lm.params, batches, text.bytes_per_token,
-                                        words_per_token=text.words_per_token)
-    lm = next(iter(models.values()))
-    about = _about(lm, text, windows, run)
     common: dict[str, Any] = {
         "bytes_per_token": text.bytes_per_token, "words_per_token": text.words_per_token,
         "tokenizer": text.tokenizer.digest, "text": f"{text.digest}:{text.split}",
@@ -160,22 +157,22 @@ def evaluate_models(
     rows = [Measurement(name, nats, kind="line", **common) for name, nats in lines.items()]
     rows += [Measurement(
         f"this model, {WEIGHTS[weights]} weights", found.nats_per_token, weights=weights,
-        context=windows.context, stride=about["windows"]["stride"],
+        context=windows.context, stride=windows.stride or windows.context,
         skip_nats_per_token=found.skip_nats_per_token, **common)
         for weights, found in evaluations.items()]
-    trained = about["windows"]["trained_context"]
-    if windows.context > trained:
-        notes = (*notes, f"trained on windows of {trained} tokens and evaluated on "
+    if windows.context > config.data.context:
+        notes = (*notes, f"trained on windows of {config.data.context} tokens and evaluated on "
                  f"{windows.context}: beyond what it has seen")
-    return Report(about, MetricTable(tuple(rows)), notes), evaluations
+    return Report(_about(text, windows, config, step, run), MetricTable(tuple(rows)), notes)
 
 
-def _about(lm: LanguageModel, text: HeldOutText, windows: Windows, run: Path) -> dict[str, Any]:
+def _about(text: HeldOutText, windows: Windows, config: Config, step: int | None,
+           run: Path) -> dict[str, Any]:
     here = environment()
     return {
-        "format": FORMAT, "version": hippocampus.__version__, "commit": here["commit"],
+        "format": FORMAT, "version": here["packages"].get("hippocampus"), "commit": here["commit"],
         "command": here["command"], "devices": here["devices"], "run": str(run),
-        "config": lm.config.name, "step": lm.step,
+        "config": config.name, "step": step,
         "text": {"corpus": text.name, "digest": text.digest, "split": text.split,
                  "tokens": text.predictions, "bytes": text.n_bytes, "words": text.n_words,
                  "unknown": text.n_unknown, "unknown_rate": text.unknown_rate},
@@ -184,7 +181,7 @@ def _about(lm: LanguageModel, text: HeldOutText, windows: Windows, run: Path) ->
         "windows": {"context": windows.context, "stride": windows.stride or windows.context,
                     "batch_size": windows.batch_size,
                     "documents": "joined" if text.document_starts is None else "packed",
-                    "trained_context": lm.config.data.context},
+                    "trained_context": config.data.context},
     }
 
 

@@ -15,9 +15,10 @@ from hippocampus.data.corpora import Corpus, open_corpus
 from hippocampus.data.shards import token_split
 from hippocampus.data.tokenizers import Tokenizer
 from hippocampus.errors import ConfigError, DataError
+from hippocampus.evaluation.evaluate import evaluate
 from hippocampus.evaluation.held_out import HeldOutText, read_text, take_split
 from hippocampus.evaluation.ngrams import ngram_lines, smoothing_note
-from hippocampus.evaluation.report import Report, Windows, evaluate_models
+from hippocampus.evaluation.report import WEIGHTS, Report, Windows, make_report
 from hippocampus.files import check_writable
 from hippocampus.generation.language_model import LanguageModel, load
 from hippocampus.runs.run_folder import RunFolder
@@ -56,7 +57,7 @@ def evaluate_run(
       path: the run folder.
       request: what to evaluate.
       out: folder of the files; None = `evaluations/` in the run folder.
-      track: shows progress, see `evaluate_models`.
+      track: wraps the batches, given a name and their number, to show progress.
 
     Returns:
       The report, and the JSON file.
@@ -75,9 +76,14 @@ def evaluate_run(
     out = Path(out) if out is not None else folder.evaluations
     check_writable(out)
     text, lines, notes = _read(folder, config, Tokenizer.load(folder.tokenizer), request)
-    text.windows(windows.context, windows.stride, windows.batch_size)  # refuses what is too short
+    cut = text.windows(windows.context, windows.stride, windows.batch_size)
     models = load_weights(folder, request.weights, request.step)
-    report, _ = evaluate_models(models, text, windows, lines, notes, folder.path, track)
+    evaluations = {
+        name: evaluate(lm.model, lm.params, track(cut, f"{WEIGHTS[name]} weights", len(cut)),
+                       text.bytes_per_token, words_per_token=text.words_per_token)
+        for name, lm in models.items()}
+    report = make_report(evaluations, text, windows, lines, notes, config=config,
+                         step=next(iter(models.values())).step, run=folder.path)
     return report, report.write(out)
 
 
@@ -87,11 +93,12 @@ def choose_windows(config: Config, request: Request) -> Windows:
     Raises:
       ConfigError: a stride beyond the context, or a context beyond the learned positions.
     """
-    context = request.context or config.eval.context or config.data.context
-    stride = config.eval.stride if request.stride is None else request.stride
+    own = Windows.of(config)
+    context = own.context if request.context is None else request.context
+    stride = own.stride if request.stride is None else request.stride
     if request.stride is None and stride > context:
         stride = 0  # the run's own stride belongs to the run's own context
-    batch_size = request.batch_size or config.eval.batch_size
+    batch_size = own.batch_size if request.batch_size is None else request.batch_size
     for name, value, least in (("--context", request.context, 1), ("--stride", request.stride, 0),
                                ("--batch_size", request.batch_size, 1)):
         if value is not None and value < least:

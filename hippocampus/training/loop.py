@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from hippocampus.config import Config
@@ -27,6 +26,8 @@ from hippocampus.data.prefetch import prefetch
 from hippocampus.devices import resolve
 from hippocampus.errors import ConfigError, Stopped
 from hippocampus.evaluation.evaluate import Evaluation, evaluate
+from hippocampus.evaluation.ngrams import smoothing_note
+from hippocampus.evaluation.report import Report, Windows, make_report
 from hippocampus.files import write_atomically
 from hippocampus.generation.language_model import LanguageModel, load
 from hippocampus.models.build_model import build_model, count_parameters
@@ -242,7 +243,8 @@ def _evaluate(run: Run, state: TrainState, step: int) -> float:
     """Scores the validation split with raw and averaged weights; returns eval/loss."""
     windows = run.data.windows(run.config, run.config.eval.max_windows)
     values = _eval_values("eval", {
-        name: evaluate(run.model, params, windows, run.data.bytes_per_token, run.place)
+        name: evaluate(run.model, params, windows, run.data.bytes_per_token, run.place,
+                       run.data.words_per_token)
         for name, params in (("raw", state.params), ("ema", state.ema)) if params})
     run.trackers.scalars(step, values)
     raw = f" (raw weights {values['eval/loss_raw']:.4f})" if state.ema else ""
@@ -257,6 +259,8 @@ def _eval_values(prefix: str, scored: Mapping[str, Evaluation]) -> dict[str, flo
     values = {f"{prefix}/loss": best.nats_per_token, f"{prefix}/bits_per_byte": best.bits_per_byte,
               f"{prefix}/loss_raw": scored["raw"].nats_per_token,
               f"{prefix}/bits_per_byte_raw": scored["raw"].bits_per_byte}
+    if best.word_perplexity is not None:
+        values[f"{prefix}/word_perplexity"] = best.word_perplexity
     if best.skip_nats_per_token is not None:
         values[f"{prefix}/loss_skip"] = best.skip_nats_per_token
     return values
@@ -314,25 +318,33 @@ def _conclude(console: RunConsole, config: Config, folder: RunFolder, data: Trai
     best = load(folder.path)
     raw = load(folder.path, weights="raw", step=best.step)
     windows = data.windows(config, 0)
-    scored = {name: evaluate(lm.model, lm.params, windows, data.bytes_per_token)
+    scored = {name: evaluate(lm.model, lm.params, windows, data.bytes_per_token,
+                             words_per_token=data.words_per_token)
               for name, lm in (("raw", raw), ("ema", best)) if name == "raw" or config.ema.decay}
-    values = _eval_values("final", scored)
-    rows = [[name, f"{nats:.4f}", f"{nats / (np.log(2) * data.bytes_per_token):.4f}"]
-            for name, nats in data.lines().items()]
-    rows += [[f"this model, {'average' if name == 'ema' else 'raw'} weights, step {best.step}",
-              f"{e.nats_per_token:.4f}", f"{e.bits_per_byte:.4f}"] for name, e in scored.items()]
-    console.table(f"validation: {data.corpus.name}, {windows.n_targets:,} tokens in windows of "
-                  f"{config.data.context}", ["model", "nats per token", "bits per byte"], rows)
+    report = _report(config, folder, data, scored, best.step)
+    console.show(report.render())
     text = _generate(best, config)
     folder.samples.mkdir(exist_ok=True)
     write_atomically(folder.samples / "best.txt", config.sample.prompt + text)
     console.sample(best.step or 0, config.sample.prompt, text)
-    write_atomically(folder.results, _json({"step": best.step, **values}))  # last: it is concluded
+    results = {"step": best.step, **_eval_values("final", scored),
+               "context": windows.context, "stride": windows.stride or windows.context,
+               "evaluation": str(report.write(folder.evaluations).relative_to(folder.path))}
+    write_atomically(folder.results, _json(results))  # last: it is concluded
     console.say("next:")
     console.say(f"  {_python()} -m hippocampus.sample --workdir={folder.path} "
                 f"--prompt={shlex.quote(config.sample.prompt)}")
     console.say(f"  tensorboard --logdir={folder.path}      (pip install tensorboard)")
     console.say("  go on: the same command with a larger --config.train.steps")
+
+
+def _report(config: Config, folder: RunFolder, data: TrainingData,
+            scored: Mapping[str, Evaluation], step: int | None) -> Report:
+    """The evaluation at the end, as `python -m hippocampus.evaluate` makes it."""
+    text = data.held_out(config.data.documents == "packed")
+    notes = (smoothing_note(len(data.train.ids), data.tokenizer.vocab_size),)
+    return make_report(scored, text, Windows.of(config), data.lines(), notes, config=config,
+                       step=step, run=folder.path)
 
 
 def _python() -> str:
