@@ -7,9 +7,9 @@ the number of hosts need nothing but the step. Shuffling therefore keeps no list
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import flax.struct
@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float32, Int32, Int64, Integer, UInt64
 from hippocampus.errors import ConfigError, DataError
 
 FEISTEL_ROUNDS = 6
+SEQUENCES_AT_ONCE = 4096
 MIN_HALF_BITS = 2  # a network on fewer than 16 points reaches few of their permutations
 
 
@@ -133,12 +134,25 @@ class ShuffledWindows:
             A batch of numpy arrays, [rows, context]; with `document_starts` it has document ids
             (1, 2, … in every window) and positions.
         """
-        row = np.arange(self.batch_size)[rows or slice(None)]
-        epoch, index = np.divmod(step * self.batch_size + row, self.windows_per_epoch)
-        key = _epoch_key(self.seed, epoch)
-        offset = (_mix(key) % np.uint64(self.context)).astype(np.int64)
-        start = offset + permute(index, self.windows_per_epoch, key) * self.context
+        sequence = step * self.batch_size + np.arange(self.batch_size)[rows or slice(None)]
+        block, place = np.divmod(sequence, SEQUENCES_AT_ONCE)
+        start = np.empty(len(sequence), np.int64)
+        for one in np.unique(block):
+            of_block = block == one
+            start[of_block] = self._starts(int(one))[place[of_block]]
         return _windows(self._views, start, self.document_starts, self.marked)
+
+    @cached_property
+    def _starts(self) -> Callable[[int], np.ndarray]:
+        """Where a block of sequences begins; many at once cost little more than one."""
+        def starts(block: int) -> np.ndarray:
+            sequence = block * SEQUENCES_AT_ONCE + np.arange(SEQUENCES_AT_ONCE)
+            epoch, index = np.divmod(sequence, self.windows_per_epoch)
+            key = _epoch_key(self.seed, epoch)
+            offset = (_mix(key) % np.uint64(self.context)).astype(np.int64)
+            return offset + permute(index, self.windows_per_epoch, key) * self.context
+
+        return lru_cache(maxsize=4)(starts)
 
     @cached_property
     def _views(self) -> np.ndarray:
@@ -192,19 +206,26 @@ class Streams:
             A batch of numpy arrays, [rows, context]. `reset_B` is set in the first step of an
             epoch, and with `document_starts` where a window begins with a document.
         """
-        row = np.arange(self.batch_size)[rows or slice(None)]
         epoch, index = divmod(step, self.steps_per_epoch)
-        key = _epoch_key(self.seed, np.full(len(row), epoch))
-        offset = (_mix(key) % np.uint64(self.context)).astype(np.int64)
-        strip = permute(row, self.batch_size, key)
-        start = offset + (strip * self.steps_per_epoch + index) * self.context
+        start = self._strips(epoch)[rows or slice(None)] + index * self.context
         batch = _windows(self._views, start, self.document_starts, self.marked)
-        reset: Any = np.full(len(row), index == 0)
+        reset: Any = np.full(len(start), index == 0)
         if self.document_starts is not None:
             starts = np.asarray(self.document_starts)
             place = np.minimum(np.searchsorted(starts, start), len(starts) - 1)
             reset |= starts[place] == start
         return batch.replace(reset_B=reset)
+
+    @cached_property
+    def _strips(self) -> Callable[[int], np.ndarray]:
+        """Where the strip of each row begins in an epoch."""
+        def strips(epoch: int) -> np.ndarray:
+            key = _epoch_key(self.seed, np.array(epoch))
+            offset = int(_mix(key) % np.uint64(self.context))
+            order = permute(np.arange(self.batch_size), self.batch_size, int(key))
+            return offset + order * self.steps_per_epoch * self.context
+
+        return lru_cache(maxsize=4)(strips)
 
     @cached_property
     def _views(self) -> np.ndarray:
@@ -337,21 +358,24 @@ def _documents(
 
     Work grows with the documents that begin in the windows, not with all there are.
     """
+    begun = np.searchsorted(starts, start, "right")  # documents that begin up to the first token
+    counts = np.searchsorted(starts, start + context, "left") - begun
     rows = len(start)
-    first = np.searchsorted(starts, start, "right")
-    end = np.searchsorted(starts, start + context, "right")  # the last target's place belongs
-    counts = end - first
-    row = np.repeat(np.arange(rows), counts)
-    index = np.arange(len(row)) + np.repeat(first - (np.cumsum(counts) - counts), counts)
-    place = starts[index] - start[row]  # 1 .. context, of each beginning behind the first token
+    # A run is the part of a document in a window; the first one of a row begins with it.
+    row = np.repeat(np.arange(rows), counts + 1)
+    first_run = np.cumsum(counts + 1) - (counts + 1)
+    number = np.arange(len(row)) - first_run[row]
+    place = starts[np.maximum(begun[row] + number - 1, 0)] - start[row]
+    place[first_run] = 0
+    lengths = np.diff(row * context + place, append=rows * context)
+    document_ids_BT = np.repeat((number + 1).astype(np.int32), lengths).reshape(rows, context)
+    begin_BT = np.repeat(place.astype(np.int32), lengths).reshape(rows, context)
+    positions_BT = np.arange(context, dtype=np.int32) - begin_BT
     if not marked:
-        weight_BT[row, place - 1] = 0
-    inside = place < context
-    begins_BT = np.zeros((rows, context), np.int32)
-    begins_BT[row[inside], place[inside]] = place[inside]
-    document_ids_BT = np.cumsum(begins_BT > 0, axis=1, dtype=np.int32)
-    document_ids_BT += 1
-    positions_BT = np.arange(context, dtype=np.int32) - np.maximum.accumulate(begins_BT, axis=1)
+        later = number > 0
+        weight_BT[row[later], place[later] - 1] = 0
+        after = np.minimum(begun + counts, len(starts) - 1)
+        weight_BT[starts[after] == start + context, -1] = 0
     return document_ids_BT, positions_BT
 
 

@@ -145,8 +145,8 @@ def _in_memory(name: str, digest: str, train: list[str], validation: list[str]) 
 def _folder(path: Path, data: DataConfig) -> Corpus:
     if is_saved(path):
         return _from_table(open_saved(path, data.train_split), data)
-    files = [p for p in path.rglob("*") if p.suffix in (*FORMATS, ".arrow", ".csv", ".txt", ".gz")]
-    if not files:
+    # As far down as the hub's data sets keep their files; a home folder is not searched.
+    if not any(p.suffix in FORMATS for pattern in ("*", "*/*") for p in path.glob(pattern)):
         raise DataError(f"data.corpus: {path} is a directory without a data set in it",
                         "name a text file, a glob such as 'folder/*.txt', or a save_to_disk folder")
     return _from_table(open_repository(str(path), data.subset, streaming=False), data)
