@@ -108,6 +108,9 @@ def test_two_tokenizers_have_no_column_and_no_axis_per_token(tmp_path):
     assert not comparison.per_token
     assert "nats/token" not in text and "ppl/token" not in text
     assert "bits/byte" in text and "2 tokenizers (bbbbbbbbbbbb, cccccccccccc)" in text
+    (shown,) = [line.split() for line in text.splitlines() if line.startswith("training bits/byte")]
+    assert [float(value) for value in shown[2:]] == pytest.approx(
+        [runs[0].train_nats / math.log(2), runs[1].train_nats / math.log(2) / 2], abs=1e-4)
     (_, train), (_, validation) = curves._both(runs[1], comparison)
     assert train[-1] == pytest.approx(losses(200)[0] / math.log(2) / 2)
     assert validation[-1] == pytest.approx(losses(200)[1] / math.log(2) / 2)
