@@ -107,7 +107,7 @@ def test_printed_table_names_text_tokenizer_windows_and_smoothing(run, tmp_path,
     printed = capsys.readouterr().out
     text = " ".join(printed.split())
     for part in (content["text"]["digest"][:12], content["tokenizer"]["digest"][:12],
-                 "vocabulary 256", "unknown 0.00%", "context 16, stride 16", "uniform", "unigram",
+                 "vocabulary 256", "OOV 0.00%", "context 16, stride 16", "uniform", "unigram",
                  "bigram", "trigram", "add-one smoothing", "Witten-Bell", "nats/token",
                  "bits/byte", "ppl/word", "average weights", "raw weights",
                  f"{rows(content)['ema']['nats_per_token']:.4f}"):

@@ -196,10 +196,11 @@ class Comparison:
             rows.append([f"best {name}", *(
                 measured[run.label][column] if run.label in measured else "-" for run in runs)])
         unit = "nats/token" if self.per_token else "bits/byte"
-        rows.append([f"last {unit}", *(
-            number(_in_unit(run.last, unit), 4) for run in runs)])
-        rows.append([f"training {unit}", *(
-            number(run.train_loss(self.per_token), 4) for run in runs)])
+        for name, values in (("last", [_in_unit(run.last, unit) for run in runs]),
+                             ("training", [run.train_loss(self.per_token) for run in runs])):
+            rows.append([f"{name} {unit}", *(
+                number(value, 4) + ("*" if _starred(run, unit) else "")
+                for run, value in zip(runs, values, strict=True))])
         return rows
 
 
@@ -272,6 +273,10 @@ def _in_unit(found: Measurement | None, unit: str) -> float | None:
     if found is None:
         return None
     return found.nats_per_token if unit == "nats/token" else found.bits_per_byte
+
+
+def _starred(run: RunSummary, unit: str) -> bool:
+    return unit == "bits/byte" and run.last is not None and run.last.unknown_rate > 0
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:

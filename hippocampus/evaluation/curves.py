@@ -80,7 +80,7 @@ def _label(figure: Any, axes: Any, comparison: Comparison) -> None:
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.set_xlim(left=0)
         ax.set_ylim(low, high)
-    handles = [Line2D([], [], color=color, lw=2.5, label=run.label)
+    handles = [Line2D([], [], color=color, lw=2.5, label=run.label + _unknown(run))
                for run, color in zip(comparison.runs, _cycle(len(comparison.runs)), strict=True)]
     handles += [Line2D([], [], color="#444444", lw=1.8, marker="o", markersize=3.5,
                        label="validation"),
@@ -92,6 +92,12 @@ def _label(figure: Any, axes: Any, comparison: Comparison) -> None:
     if len(texts) > 1:
         title += f" (of {len(texts)} different texts: heights do not compare)"
     figure.suptitle(title)
+
+
+def _unknown(run: RunSummary) -> str:
+    """What makes a curve too low to compare with the others."""
+    rate = run.best.unknown_rate if run.best else 0
+    return f" ({rate:.1%} of the tokens <unk>)" if rate else ""
 
 
 def _both(run: RunSummary, comparison: Comparison) -> tuple[tuple[np.ndarray, np.ndarray], ...]:

@@ -13,7 +13,7 @@ from jaxtyping import Float64, Int64, Integer, UInt64
 from hippocampus.errors import DataError
 
 MAX_COUNTED = 10_000_000
-"""Training tokens that bigrams and trigrams are counted on: about 1 GB of memory and 10 seconds."""
+"""Training tokens that bigrams and trigrams are counted on: half a GB of memory, 10 seconds."""
 
 _CHUNK = 1 << 22  # ids of a memory map taken into memory at once
 

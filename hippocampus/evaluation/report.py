@@ -77,7 +77,7 @@ class Report:
             f"{text['tokens']:,} tokens predicted, {text['bytes']:,} bytes, "
             f"{text['words']:,} words",
             f"tokenizer {tokenizer['kind']} {tokenizer['digest'][:DIGEST_SHOWN]}, vocabulary "
-            f"{tokenizer['vocabulary']:,}, unknown {text['unknown_rate']:.2%}",
+            f"{tokenizer['vocabulary']:,}, OOV {text['unknown_rate']:.2%}",
             f"context {windows['context']}, stride {windows['stride']}, documents "
             f"{windows['documents']}"]
         return render("\n".join(title), self.table.header, self.table.cells,

@@ -37,7 +37,8 @@ def validation(files, packed=False, **changes):
 
 
 ALL = "".join(VALIDATION)
-WORDS = sum(len(text.split()) for text in VALIDATION) + 5  # five lines, one of them without a line end, in three documents
+LINES = 5  # one of them without a line end
+WORDS = sum(len(text.split()) for text in VALIDATION) + LINES
 
 
 @pytest.mark.parametrize(("tokenizer", "first_bytes"), [("bytes", 1), ("characters", 1),

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hippocampus.data.batches import EvaluationWindows
@@ -16,6 +16,9 @@ from hippocampus.evaluation.evaluate import evaluate
 from hippocampus.models.build_model import build_model
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+QUICK = settings(deadline=None, max_examples=60)
 
 
 @st.composite
@@ -34,6 +37,7 @@ def counted(windows: EvaluationWindows, field: str) -> np.ndarray:
     return np.concatenate([getattr(b, field)[b.loss_weight_BT == 1] for b in windows])
 
 
+@QUICK
 @given(cut=cuts())
 def test_every_id_but_the_first_is_predicted_exactly_once(cut):
     n = cut.pop("n")
@@ -47,6 +51,7 @@ def test_every_id_but_the_first_is_predicted_exactly_once(cut):
     assert windows.n_targets == n - 1
 
 
+@QUICK
 @given(cut=cuts())
 def test_a_prediction_sees_all_that_is_before_it_or_at_least_context_minus_stride(cut):
     n, context, stride = cut.pop("n"), cut["context"], cut["stride"] or cut["context"]
@@ -65,6 +70,7 @@ def test_a_prediction_sees_all_that_is_before_it_or_at_least_context_minus_strid
     assert len(seen) == n - 1
 
 
+@QUICK
 @given(cut=cuts(), max_windows=st.integers(1, 30))
 def test_fewer_windows_count_what_they_hold(cut, max_windows):
     n = cut.pop("n")
@@ -74,6 +80,7 @@ def test_fewer_windows_count_what_they_hold(cut, max_windows):
     assert len(some) == -(-min(max_windows, some.n_windows) // some.batch_size)
 
 
+@QUICK
 @given(cut=cuts(), data=st.data())
 def test_documents_are_numbered_from_one_and_their_positions_restart(cut, data):
     n = cut.pop("n")
