@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hippocampus.data import text_files
+from hippocampus.data.cache import cache_folder
 from hippocampus.errors import DataError
 
 ROWS_PER_READ = 1000
@@ -35,15 +36,24 @@ class Table:
         name: what it was asked for by.
         splits: names of its splits.
         digest: changes whenever its rows may have changed.
-        open: split (or a slice such as `train[:99%]`) -> a `datasets` data set.
+        opener: split (or a slice such as `train[:99%]`) -> a `datasets` data set.
         streaming: whether its length is unknown and a second pass costs a second download.
     """
 
     name: str
     splits: tuple[str, ...]
     digest: str
-    open: Callable[[str], Any]
+    opener: Callable[[str], Any]
     streaming: bool = False
+
+    def open(self, split: str) -> Any:
+        """Return a `datasets` data set of a split.
+
+        Raises:
+            DataError: there is no such split, or its files are damaged.
+        """
+        with _translated(self.name):
+            return self.opener(split)
 
     def texts(self, split: str, column: str) -> Iterator[str | None]:
         """Yield the text of every row.
@@ -63,8 +73,8 @@ class Table:
 
     def _batches(self, split: str, column: str) -> Iterator[Any]:
         """Arrow tables of the one column."""
+        dataset = self.open(split)
         with _translated(self.name):
-            dataset = self.open(split)
             if dataset.column_names is not None:
                 _check_column(self.name, column, dataset.column_names)
                 dataset = dataset.select_columns([column])
@@ -148,8 +158,17 @@ def open_repository(name: str, subset: str, streaming: bool) -> Table:
 
     local = os.path.isdir(name)
     reach = contextlib.nullcontext("") if local else _hub()
-    with reach as unreachable, _translated(name, unreachable), _bars(datasets):
+    asked = f"{name} with subset {subset}" if subset else name
+    with reach as unreachable, _translated(asked, unreachable), _bars(datasets):
         builder = datasets.load_dataset_builder(name, subset or None)
+        content = ""
+        if local:
+            # The library knows local files by their times, to the second: ask for its copy of
+            # this very content.
+            content = _key([(str(split), [_digest(Path(file)) for file in files])
+                            for split, files in builder.config.data_files.items()])
+            builder = datasets.load_dataset_builder(
+                name, subset or None, cache_dir=str(cache_folder() / "datasets" / content[:32]))
         if streaming:
             splits = builder.as_streaming_dataset()
             names = tuple(splits)
@@ -162,7 +181,7 @@ def open_repository(name: str, subset: str, streaming: bool) -> Table:
         def opener(split: str) -> Any:
             _check_split(name, split, names)
             return builder.as_dataset(split=split)
-    digest = _key("repository", builder.repo_id, builder.config.name, builder.hash)
+    digest = _key("repository", builder.repo_id, builder.config.name, content or builder.hash)
     return Table(name, names, digest, opener, streaming)
 
 

@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hippocampus.data.batches import Batch, EvaluationWindows, ShuffledWindows, permute
+from hippocampus.data.batches import (
+    Batch,
+    EvaluationWindows,
+    ShuffledWindows,
+    Streams,
+    permute,
+)
 from hippocampus.errors import DataError
 
 KEYS = st.integers(0, 2**64 - 1)
@@ -185,6 +191,116 @@ def test_batch_goes_through_jit_with_absent_fields_absent():
     assert np.array_equal(out.tokens_BT, batch.targets_BT)
     assert out.document_ids_BT is None
     assert len(jax.tree.leaves(batch)) == 3
+
+
+STARTS = st.lists(st.integers(1, 399), max_size=60).map(lambda places: sorted({0, *places}))
+SOURCES = pytest.mark.parametrize("source", [ShuffledWindows, Streams])
+
+
+def expected_documents(batch, document_starts, marked):
+    """Ids, positions and weights, token by token; every id of the text is its place."""
+    begins = set(document_starts)
+    ids, positions = np.zeros_like(batch.tokens_BT), np.zeros_like(batch.tokens_BT)
+    weight = np.ones(ids.shape, np.float32)
+    for row, places in enumerate(batch.tokens_BT):
+        document, position = 1, 0
+        for column, place in enumerate(places):
+            if column and place in begins:
+                document, position = document + 1, 0
+            ids[row, column], positions[row, column] = document, position
+            position += 1
+            if place + 1 in begins and not marked:
+                weight[row, column] = 0
+    return ids, positions, weight
+
+
+@SOURCES
+@settings(max_examples=50, deadline=None)
+@given(starts=STARTS, context=st.integers(1, 40), batch_size=st.integers(1, 8),
+       step=st.integers(0, 30), marked=st.booleans())
+def test_packed_windows_number_their_documents_and_positions(
+    source, starts, context, batch_size, step, marked
+):
+    n = max(400, (batch_size + 1) * context)
+    places = np.array(starts)
+    batch = source(numbered(n), context, batch_size, 3, places, marked).batch(step)
+    ids, positions, weight = expected_documents(batch, starts, marked)
+    np.testing.assert_array_equal(batch.document_ids_BT, ids)
+    np.testing.assert_array_equal(batch.positions_BT, positions)
+    np.testing.assert_array_equal(batch.loss_weight_BT, weight)
+    assert batch.document_ids_BT.dtype == batch.positions_BT.dtype == np.int32
+    plain = source(numbered(n), context, batch_size, 3).batch(step)
+    np.testing.assert_array_equal(batch.tokens_BT, plain.tokens_BT)
+
+
+@SOURCES
+@pytest.mark.parametrize("rows", [slice(0, 3), slice(3, 8), slice(8, 9), slice(1, None, 2)])
+def test_rows_of_a_packed_batch_are_the_slice_of_the_whole(source, rows):
+    windows = source(numbered(500), 8, 9, 0, np.arange(0, 500, 7))
+    for step in range(9):
+        whole = windows.batch(step)
+        assert_same(windows.batch(step, rows), jax.tree.map(lambda a: a[rows], whole))
+
+
+def test_far_steps_and_blocks_cost_no_memory_and_keep_their_place():
+    windows = ShuffledWindows(numbered(300), 8, 7, seed=1)
+    step = 10**12
+    assert_same(windows.batch(step), ShuffledWindows(numbered(300), 8, 7, seed=1).batch(step))
+    wide = ShuffledWindows(numbered(300), 8, 7 * 2000, seed=1).batch(1)  # over several blocks
+    assert np.array_equal(wide.tokens_BT[:7], windows.batch(2000).tokens_BT)
+    assert np.array_equal(wide.tokens_BT[-7:], windows.batch(3999).tokens_BT)
+
+
+@settings(max_examples=50, deadline=None)
+@given(n=st.integers(2, 400), context=st.integers(1, 20), batch_size=st.integers(1, 9),
+       seed=st.integers(0, 2**32), epoch=st.integers(0, 20))
+def test_rows_of_streams_go_on_and_an_epoch_reads_everything_once(
+    n, context, batch_size, seed, epoch
+):
+    streams = Streams(numbered(max(n, (batch_size + 1) * context)), context, batch_size, seed)
+    steps = streams.steps_per_epoch
+    batches = [streams.batch(epoch * steps + i) for i in range(steps)]
+    for before, after in pairwise(batches):
+        assert np.array_equal(after.tokens_BT[:, 0], before.targets_BT[:, -1])
+        assert not after.reset_B.any()
+    assert batches[0].reset_B.all()
+    read = np.sort(np.concatenate([batch.tokens_BT.ravel() for batch in batches]))
+    assert np.array_equal(read, read[0] + np.arange(steps * batch_size * context))
+    assert read[0] < context
+    assert streams.windows_per_epoch == steps * batch_size
+
+
+def test_streams_have_an_order_and_offset_of_their_own_in_every_epoch():
+    streams = Streams(numbered(1000), 8, 6, seed=0)
+    firsts = [streams.batch(e * streams.steps_per_epoch).tokens_BT[:, 0] for e in range(20)]
+    assert len({int(f.min()) for f in firsts}) > 4
+    assert len({tuple(np.argsort(f)) for f in firsts}) > 15
+
+
+def test_streams_start_afresh_where_a_window_begins_with_a_document():
+    starts = np.arange(0, 1000, 7)
+    streams = Streams(numbered(1000), 8, 4, 0, starts)
+    seen = set()
+    for step in range(1, streams.steps_per_epoch):
+        batch = streams.batch(step)
+        assert batch.reset_B.tolist() == [t in starts for t in batch.tokens_BT[:, 0]]
+        seen |= set(batch.reset_B.tolist())
+    assert seen == {True, False}
+
+
+def test_streams_of_a_seed_are_the_same_in_every_version():
+    # A run resumed after an upgrade relies on these numbers: never update them lightly.
+    streams = Streams(numbered(10_000), context=16, batch_size=8, seed=1234)
+    assert streams.batch(0).tokens_BT[:, 0].tolist() == [
+        4994, 2498, 1250, 2, 3746, 6242, 7490, 8738]
+    assert streams.batch(3 * 78 + 5).tokens_BT[:, 0].tolist() == [
+        5074, 3826, 7570, 82, 1330, 8818, 2578, 6322]
+
+
+def test_text_too_short_for_streams_is_an_error_with_the_numbers():
+    with pytest.raises(DataError, match=r"31 tokens, and 3 streams .* need at least 32"):
+        Streams(numbered(31), 8, 3, seed=0)
+    assert Streams(numbered(32), 8, 3, seed=0).steps_per_epoch == 1
 
 
 @given(

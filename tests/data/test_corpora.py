@@ -12,9 +12,11 @@ import pytest
 from huggingface_hub import constants as hub_constants
 
 from hippocampus.config import DataConfig
-from hippocampus.data import named_texts
+from hippocampus.data import named_texts, text_files
 from hippocampus.data import standard_library as library
 from hippocampus.data.corpora import open_corpus
+from hippocampus.data.shards import token_split
+from hippocampus.data.vocabularies import build_tokenizer
 from hippocampus.errors import DataError
 from hippocampus.files import write_atomically
 
@@ -270,3 +272,123 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch
     with pytest.raises(OSError, match="no space"):
         write_atomically(tmp_path / "file", b"new")
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
+
+
+def paths(folder, **texts):
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text)
+    return str(folder)
+
+
+def documents(split, **fields):
+    return list(open_corpus(DataConfig(**fields)).documents(split))
+
+
+def test_files_of_a_glob_are_documents_in_the_order_of_their_names(tmp_path):
+    folder = paths(tmp_path, b="two", a="one", c="three")
+    fields = {"corpus": f"{folder}/*.txt"}
+    assert documents("train", **fields) == ["one", "two"]
+    assert documents("validation", **fields) == ["three"]
+
+
+def test_files_to_validate_and_test_on(tmp_path):
+    folder = paths(tmp_path, train="one\ntwo\n", valid="three\n", test="four\n")
+    fields = {"corpus": f"{folder}/train.txt", "validation_files": f"{folder}/valid.txt",
+              "test_files": f"{folder}/test.txt"}
+    assert open_corpus(DataConfig(**fields)).splits == ("train", "validation", "test")
+    assert [documents(s, **fields) for s in ("train", "validation", "test")] == [
+        ["one\ntwo\n"], ["three\n"], ["four\n"]]
+
+
+def test_documents_of_a_text_begin_at_its_headings(tmp_path):
+    text = " \n = One = \n a \n = = Part = = \n" + "".join(f" = {i} = \n b \n" for i in range(9))
+    folder = paths(tmp_path, x=text)
+    fields = {"corpus": f"{folder}/x.txt", "document_start": "^ = [^=].* = $"}
+    found = documents("train", **fields) + documents("validation", **fields)
+    assert "".join(found) == text
+    assert len(found) == 10
+    assert documents("validation", **fields) == [" = 8 = \n b \n"]
+
+
+def test_digest_tells_files_and_cuts_apart(tmp_path):
+    folder = paths(tmp_path, a="one\n", b="two\n", c="three\n")
+    fields = [
+        {"corpus": f"{folder}/a.txt"}, {"corpus": f"{folder}/*.txt"},
+        {"corpus": f"{folder}/*.txt", "document_start": "^t"},
+        {"corpus": f"{folder}/a.txt", "validation_files": f"{folder}/b.txt"},
+        {"corpus": f"{folder}/a.txt", "validation_files": f"{folder}/c.txt"},
+        {"corpus": f"{folder}/a.txt", "validation_files": f"{folder}/b.txt",
+         "test_files": f"{folder}/c.txt"}]
+    assert len({open_corpus(DataConfig(**f)).digest for f in fields}) == len(fields)
+
+
+@pytest.mark.parametrize("field", ["validation_files", "test_files"])
+def test_missing_validation_or_test_file_is_an_error_that_names_the_field(tmp_path, field):
+    folder = paths(tmp_path, a="one\n", b="two\n")
+    fields = {"corpus": f"{folder}/a.txt", "validation_files": f"{folder}/b.txt",
+              field: f"{folder}/none.txt"}
+    with pytest.raises(DataError, match=rf"data\.{field}: there is no file"):
+        open_corpus(DataConfig(**fields))
+
+
+def test_glob_without_a_match_and_mixed_formats_are_errors(tmp_path):
+    folder = paths(tmp_path, a="one\n")
+    (tmp_path / "b.jsonl").write_text('{"text": "two"}\n')
+    with pytest.raises(DataError, match="no file matches"):
+        open_corpus(DataConfig(corpus=f"{folder}/*.tokens"))
+    with pytest.raises(DataError, match="different formats"):
+        open_corpus(DataConfig(corpus=f"{folder}/*"))
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 5, 4096])
+def test_text_is_the_same_whatever_is_read_at_once(tmp_path, monkeypatch, block):
+    text = "é東🙂a\r\n" * 9
+    (tmp_path / "x.txt").write_bytes(text.encode())
+    (tmp_path / "bad.txt").write_bytes("é東".encode() + b"\xf0\x9f\x99")
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", block)
+    corpus = load_corpus(str(tmp_path / "x.txt"))
+    assert corpus.train + corpus.validation == text
+    assert corpus.sha256 == hashlib.sha256(text.encode()).hexdigest()
+    assert "".join(text_files.lines(tmp_path / "x.txt")) == text
+    with pytest.raises(DataError, match=r"byte 0xf0 at offset 5"):
+        load_corpus(str(tmp_path / "bad.txt"))
+
+
+def test_wikitext_mini_is_articles_stories_and_speeches(tinyshakespeare_path, monkeypatch):
+    monkeypatch.setenv("HIPPOCAMPUS_DATA", str(tinyshakespeare_path.parent))
+    corpus = open_corpus(DataConfig(corpus="wikitext_mini"))
+    train, validation = (list(corpus.documents(s)) for s in ("train", "validation"))
+    assert len(train) == 2770
+    assert sum(map(len, train)) == 7_306_397
+    assert train[0].startswith("2007 European Parliament election in Romania\n\nRomania elected")
+    assert not any("<doc" in text or "</doc>" in text for text in train)
+    assert all(text == text.strip() + "\n" for text in train)
+    assert len(validation) == 60
+    whole = (tinyshakespeare_path.parent / "wikitext-2/wiki.valid.tokens").read_text()
+    assert "".join(validation) == whole
+
+
+def test_wikitext_validation_has_its_published_number_of_words(
+    tinyshakespeare_path, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HIPPOCAMPUS_CACHE", str(tmp_path))
+    path = str(tinyshakespeare_path.parent / "wikitext-2/wiki.valid.tokens")
+    data = DataConfig(corpus=path, validation_files=path, document_start="^ = [^=].* = $",
+                      tokenizer="words")
+    corpus = open_corpus(data)
+    split = token_split(corpus, build_tokenizer(data, corpus), "validation")
+    assert split.n_words == len(split.ids) == 217_646
+    assert split.n_documents == 60
+    assert split.n_bytes == os.path.getsize(path)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_wikitext_mini_without_its_files_names_them_and_where_they_go(tmp_path, monkeypatch, there):
+    monkeypatch.setenv("HIPPOCAMPUS_DATA", str(tmp_path))
+    if there:
+        write_atomically(tmp_path / "wikipedia/wiki.utf8", "<doc id=1>\nText\n</doc>\n")
+    with pytest.raises(DataError, match=r"fairytaleqa/train\.jsonl, .*wiki\.valid") as caught:
+        open_corpus(DataConfig(corpus="wikitext_mini"))
+    assert ("wiki.utf8" in caught.value.message) is not there
+    assert "HIPPOCAMPUS_DATA" in caught.value.hint
+    assert str(tmp_path) in caught.value.hint

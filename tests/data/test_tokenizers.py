@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import normalizers
 
+from hippocampus.data.tokenizer_files import bpe_trainer, library_bpe, library_words
 from hippocampus.data.tokenizers import Tokenizer, byte_tokenizer, character_tokenizer
 from hippocampus.errors import DataError
 
@@ -163,3 +164,86 @@ def test_damaged_file_is_an_error(tmp_path, content):
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(DataError, match=r"tokenizer\.json is damaged"):
         Tokenizer.load(tmp_path / "tokenizer.json")
+
+
+def words(*kept):
+    vocabulary = {word: i for i, word in enumerate(("<unk>", "<eos>", *kept))}
+    return Tokenizer(library_words(vocabulary).to_str())
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    library = library_bpe()
+    library.train_from_iterator(["the cat sat on the mat, it's 12 éé\n"] * 9,
+                                bpe_trainer(300, False))
+    return Tokenizer(library.to_str())
+
+
+def test_line_end_is_a_word_and_words_outside_the_vocabulary_are_unknown():
+    tokenizer = words("a", "cat")
+    assert tokenizer.kind == "words"
+    assert tokenizer.encode("a  cat \n\n dog\ta").tolist() == [2, 3, 1, 1, 0, 2]
+    assert tokenizer.encode("<unk> <eos>").tolist() == [0, 1]
+    assert (tokenizer.unknown_id, tokenizer.end_id) == (0, None)
+
+
+@given(text=st.text(st.sampled_from("ab<unk>eos \n\r\t\x1c\x85\xa0\u2028é")))
+def test_words_are_those_of_the_library(text):
+    tokenizer = words("a", "b", "ab", "é", "<", "<unk>a")
+    assert tokenizer.encode(text).tolist() == library_ids(tokenizer, text)
+
+
+def test_decoded_words_have_spaces_between_and_give_the_same_ids():
+    tokenizer = words("the", "cat", ".")
+    ids = tokenizer.encode("the cat .\nthe dog\n")
+    assert tokenizer.decode(ids) == " the cat .\n the <unk>\n"
+    assert tokenizer.encode(tokenizer.decode(ids)).tolist() == ids.tolist()
+    pieces = "".join(tokenizer.decode([i]) for i in ids)
+    assert pieces == tokenizer.decode(ids)
+
+
+def test_document_of_words_ends_with_its_line():
+    tokenizer = words("a", "b")
+    assert tokenizer.encode("a\nb").tolist() == [2, 1, 3]
+    assert tokenizer.encode_document("a\nb").tolist() == [2, 1, 3, 1]
+    assert tokenizer.encode_document("a\nb\n").tolist() == [2, 1, 3, 1]
+
+
+def test_bpe_round_trips_any_text(bpe):
+    assert bpe.kind == "bpe"
+    assert bpe.vocab_size < 300
+    assert bpe.decode(bpe.encode(AWKWARD)) == AWKWARD
+    assert len(bpe.encode("the cat sat on")) == 4
+
+
+def test_document_begins_with_its_marker_and_quoted_markers_are_text(bpe):
+    assert bpe.end_id == 0
+    text = "the <|endoftext|> cat"
+    ids = bpe.encode_document(text)
+    assert (ids == bpe.end_id).tolist() == [True] + [False] * (len(ids) - 1)
+    assert bpe.decode(ids[1:]) == text
+    assert (bpe.encode(text) == bpe.end_id).sum() == 1  # what a person types may mean it
+
+
+def test_bytes_are_those_of_the_text_without_markers(bpe):
+    assert bpe.count_bytes(bpe.encode_document("the éé")) == len("the éé".encode())
+
+
+@pytest.mark.parametrize("name", ["bpe", "words"])
+def test_learned_tokenizer_is_saved_and_recognised(name, bpe, tmp_path):
+    tokenizer = bpe if name == "bpe" else words("a", "b")
+    tokenizer.save(tmp_path / "tokenizer.json")
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert (loaded.kind, loaded.digest) == (name, tokenizer.digest)
+    library = LibraryTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert library.encode("a b the").ids == tokenizer.encode("a b the").tolist()
+
+
+@pytest.mark.parametrize("name", ["bpe", "words"])
+def test_learned_tokenizer_with_another_part_is_left_to_the_library(name, bpe):
+    tokenizer = bpe if name == "bpe" else words("a", "b")
+    library = LibraryTokenizer.from_str(tokenizer.to_json())
+    library.normalizer = normalizers.Lowercase()
+    other = Tokenizer(library.to_str())
+    assert other.kind == "other"
+    assert other.encode("A the").tolist() == library.encode("a the").ids
