@@ -45,6 +45,7 @@ def test_evaluation_is_that_at_the_end_of_the_training_to_the_last_digit(run, tm
     again = evaluate(run, tmp_path)
     assert again["rows"] == trained["rows"] and again["step"] == results["step"]
     assert again["text"] == trained["text"] and again["windows"] == trained["windows"]
+    assert (results["context"], results["stride"]) == (16, 16)
     found = rows(again)
     assert found["ema"]["nats_per_token"] == results["final/loss"]
     assert found["raw"]["nats_per_token"] == results["final/loss_raw"]
