@@ -269,6 +269,9 @@ class EvalConfig:
 
     every_steps: int = _count(200, "steps between evaluations; 0 = only at the end", low=0)
     batch_size: int = _count(32, "windows per evaluation batch, over all devices")
+    context: int = _count(0, "tokens per window; 0 = data.context", low=0, high=16_777_216)
+    stride: int = _count(0, "tokens from one window to the next, of which only the last `stride` "
+                         "predictions count; 0 = disjoint windows", low=0, high=16_777_216)
     max_windows: int = _count(0, "windows per evaluation while training; 0 = the whole split; the "
                               "one at the end is always whole", low=0)
 
@@ -437,6 +440,14 @@ def check_together(config: Config) -> Config:
     if model.position == "learned" and 0 < model.max_length < config.data.context:
         raise ConfigError(f"model.max_length = {model.max_length} is less than data.context = "
                           f"{config.data.context}", "learned positions need a row per token")
+    context = config.eval.context or config.data.context
+    if config.eval.stride > context:
+        raise ConfigError(f"eval.stride = {config.eval.stride} is more than the evaluation's "
+                          f"context of {context}", "tokens would be left out; 0 = disjoint windows")
+    if model.position == "learned" and context > (model.max_length or config.data.context):
+        raise ConfigError(f"eval.context = {context} is more than the learned positions, "
+                          f"{model.max_length or config.data.context}",
+                          "raise model.max_length, or take model.position=rope")
     return config
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from hippocampus.errors import ConfigError
+
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file so that every reader sees the old content or the new one, never a part.
@@ -27,3 +29,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Refuses a folder that nothing can be written into, before there is anything to write.
+
+    Args:
+      folder: need not exist; then the nearest one above it that does must take it.
+
+    Raises:
+      ConfigError: a file stands in its place, or there is no permission.
+    """
+    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"cannot write to {nearest}", "choose another --out")

@@ -475,6 +475,10 @@ def test_config_is_frozen():
      "loss.rectified_flow.segment_weight needs model.segments.train of at least 2"),
     ({"model.position": "learned", "model.max_length": 64},
      "model.max_length = 64 is less than data.context = 128"),
+    ({"eval.stride": 129}, "eval.stride = 129 is more than the evaluation's context of 128"),
+    ({"eval.stride": 65, "eval.context": 64}, "eval.stride = 65 is more than"),
+    ({"model.position": "learned", "eval.context": 129},
+     "eval.context = 129 is more than the learned positions, 128"),
     ({"name": ""}, "name is ''"), ({"name": "a/b"}, "name is 'a/b'"),
     ({"name": ".."}, "name is '..'"), ({"name": "a\\b"}, "name is"), ({"name": "a\0"}, "name is"),
 ])
@@ -491,6 +495,8 @@ def test_fields_that_do_not_fit_together_are_refused(overrides, words):
     {"model.ssm.expansion": 1.501, "model.paths": ("attention",)},
     {"model.attention.n_kv_heads": 3, "model.paths": ("ssm",)},
     {"model.attention.n_kv_heads": 2}, {"model.ssm.first_layer": 2},
+    {"eval.stride": 129, "eval.context": 200}, {"eval.context": 4096, "eval.stride": 1},
+    {"model.position": "learned", "model.max_length": 200, "eval.context": 200},
     {"model.position": "learned", "model.max_length": 128}, {"model.segments.eval": 1,
                                                              "model.segments.train": 1},
 ])

@@ -1,4 +1,4 @@
-"""Documents as they stream by, in bounded memory: `Piece`, `cut`, `group_lines`, `select`.
+"""Documents as they stream by, in bounded memory: `Piece`, `cut`, `group_lines`, `select`, …
 
 A source yields chunks `(starts, text)`: a stretch of text, and whether a document starts with
 it. Chunks may be of any size. `cut` makes of them the pieces that are tokenized, which depend on
@@ -68,6 +68,17 @@ def join(pieces: Iterable[Piece]) -> Iterator[str]:
         if piece.ends:
             yield "".join(parts)
             parts = []
+
+
+def count_words(text: str, ends: bool = True) -> int:
+    """WikiText's count of words: what stands between white space, and one `<eos>` a line.
+
+    Args:
+        text: a piece of a document.
+        ends: whether the document ends with it; then a last line without a line end is a line.
+    """
+    lines = text.count("\n") + (ends and bool(text) and not text.endswith("\n"))
+    return len(text.split()) + lines
 
 
 def group_lines(lines: Iterable[str], start: re.Pattern[str]) -> Chunks:

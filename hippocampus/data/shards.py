@@ -24,7 +24,7 @@ import numpy as np
 
 from hippocampus.data.cache import cache_folder, cannot_write, locked
 from hippocampus.data.corpora import Corpus
-from hippocampus.data.documents import Piece
+from hippocampus.data.documents import Piece, count_words
 from hippocampus.data.progress import Progress
 from hippocampus.data.tokenizers import Tokenizer
 from hippocampus.errors import DataError
@@ -220,15 +220,10 @@ def _encode(tokenizer: Tokenizer, chunk: list[Piece], totals: _Totals
     totals.tokens += len(ids)
     totals.documents += len(starts)
     totals.bytes += sum(len(piece.text.encode()) for piece in chunk)
-    totals.words += sum(_words(piece) for piece in chunk)
+    totals.words += sum(count_words(piece.text, piece.ends) for piece in chunk)
     if tokenizer.unknown_id is not None:
         totals.unknown += int((ids == tokenizer.unknown_id).sum())
     return ids, starts
-
-
-def _words(piece: Piece) -> int:
-    lines = piece.text.count("\n") + (piece.ends and not piece.text.endswith("\n"))
-    return len(piece.text.split()) + lines
 
 
 def _resume(partial: Path, dtype: np.dtype) -> _Totals:

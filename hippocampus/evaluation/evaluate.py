@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,46 +13,75 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from hippocampus.data.batches import Batch, EvaluationWindows
+from hippocampus.data.batches import Batch
+from hippocampus.evaluation import metrics
 from hippocampus.ops.cross_entropy import token_nll
+
+_IN_FLIGHT = 8  # batches that the device may have waiting: more only fill its memory
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Cross-entropy without smoothing or z-loss, float32, averaged over every prediction.
+    """Cross-entropy without smoothing or z-loss, averaged over every prediction.
 
-    `skip_nats_per_token` is that of one pass and one step of the segment flow instead of all
-    passes; None for a model without the flow.
+    Attributes:
+      nats_per_token: mean -log p of the predicted ids.
+      tokens: how many were predicted.
+      bytes_per_token: UTF-8 bytes of the text per prediction.
+      words_per_token: words of the text per prediction; None where nobody counted them.
+      skip_nats_per_token: that of one pass and one step of the segment flow instead of all
+        passes; None for a model without the flow.
     """
 
     nats_per_token: float
     tokens: int
     bytes_per_token: float
     skip_nats_per_token: float | None = None
+    words_per_token: float | None = None
 
     @property
     def bits_per_byte(self) -> float:
         """nats per token / (ln 2 * bytes per token): comparable between tokenizers."""
-        return self.nats_per_token / (math.log(2) * self.bytes_per_token)
+        return metrics.bits_per_byte(self.nats_per_token, self.bytes_per_token)
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats per token): only comparable under the same tokenizer."""
+        return metrics.perplexity(self.nats_per_token)
+
+    @property
+    def word_perplexity(self) -> float | None:
+        """exp(summed nats / words): comparable between tokenizers that know every word."""
+        if self.words_per_token is None:
+            return None
+        return metrics.word_perplexity(self.nats_per_token, self.words_per_token)
 
 
-def evaluate(model: Any, params: Any, windows: EvaluationWindows, bytes_per_token: float,
-             place: Callable[[Batch], Batch] = lambda batch: batch) -> Evaluation:
+def evaluate(model: Any, params: Any, windows: Iterable[Batch], bytes_per_token: float,
+             place: Callable[[Batch], Batch] = lambda batch: batch,
+             words_per_token: float | None = None) -> Evaluation:
     """Scores every window; a token sees what stands before it in its window.
 
     Args:
       model: an unbound model.
       params: its parameters.
-      windows: of the validation ids.
+      windows: the batches of an `EvaluationWindows`.
       bytes_per_token: of the same text.
       place: puts a batch onto devices.
+      words_per_token: of the same text.
     """
-    # Sums stay on the device until the end, so that it never waits for the host.
-    sums = [_sums(model, params, place(batch)) for batch in windows]
-    rows = jax.device_get(sums)
+    # Sums stay on the device for a few batches, so that it never waits for the host.
+    pending: deque[dict[str, Array]] = deque()
+    rows: list[dict[str, Any]] = []
+    for batch in windows:
+        pending.append(_sums(model, params, place(batch)))
+        if len(pending) > _IN_FLIGHT:
+            rows.append(jax.device_get(pending.popleft()))
+    rows += jax.device_get(list(pending))
     total = {name: math.fsum(float(row[name]) for row in rows) for name in rows[0]}
     skip = total["skip"] / total["weight"] if "skip" in total else None
-    return Evaluation(total["nll"] / total["weight"], round(total["weight"]), bytes_per_token, skip)
+    return Evaluation(total["nll"] / total["weight"], round(total["weight"]), bytes_per_token, skip,
+                      words_per_token)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -2,52 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float64, Integer, UInt64
+from jaxtyping import Float64, Int64, Integer, UInt64
 
 from hippocampus.errors import DataError
+
+MAX_COUNTED = 10_000_000
+"""Training tokens that bigrams and trigrams are counted on: half a GB of memory, 10 seconds."""
+
+_CHUNK = 1 << 22  # ids of a memory map taken into memory at once
 
 
 def ngram_lines(
     train_ids: Integer[np.ndarray, " n"],
     validation_ids: Integer[np.ndarray, " m"],
     vocab_size: int,
+    max_counted: int = MAX_COUNTED,
 ) -> dict[str, float]:
-    """Score a validation text with count-based models of the training text.
+    """Score a held-out text with count-based models of the training text.
 
-    `uniform` is ln V; `unigram` has add-one smoothing, (c(w) + 1) / (n + V); `bigram` and
-    `trigram` are interpolated with Witten–Bell weights, see `NgramModel`. Every validation id is
-    scored with its true history: by the trigram from the third id on. The first id has no
-    history and the second only one id, so there the trigram (the bigram) line takes the model of
-    the longest history there is.
+    `uniform` is ln V; `unigram` has add-one smoothing, (c(w) + 1) / (n + V), and counts all of
+    the training text; `bigram` and `trigram` are interpolated with Witten–Bell weights, see
+    `NgramModel`, and count its first `max_counted` tokens. Scored is what a model predicts:
+    every id but the first, with its true history. The second id has a history of one id only, so
+    that there the trigram line takes the bigram.
 
     Args:
-        train_ids: ids counted, each below `vocab_size`.
-        validation_ids: ids scored.
-        vocab_size: V, at most 2.6 million (V³ must fit in 64 bits).
+        train_ids: ids counted, each below `vocab_size`; may be a memory map of any length.
+        validation_ids: ids scored; may be a memory map.
+        vocab_size: V; above 2.6 million (V³ must fit in 64 bits) there is no trigram line.
+        max_counted: most training tokens that bigrams and trigrams are counted on.
 
     Returns:
         Mean negative log-likelihood in nats per token of `uniform`, `unigram`, `bigram` and
         `trigram`.
 
     Raises:
-        DataError: one of the texts is empty.
+        DataError: the training text is empty, or the other one has nothing to predict.
     """
-    for part, ids in (("training", train_ids), ("validation", validation_ids)):
-        if len(ids) == 0:
-            raise DataError(f"the {part} text has no tokens", "use a longer text")
-    counts = np.bincount(train_ids, minlength=vocab_size)
-    add_one = (counts + 1) / (len(train_ids) + vocab_size)
-    model = NgramModel.fit(train_ids, vocab_size, order=3)
-    return {
-        "uniform": float(np.log(vocab_size)),
-        "unigram": float(-np.log(add_one[validation_ids]).mean()),
-        "bigram": float(-np.log(model.score(validation_ids, order=2)).mean()),
-        "trigram": float(-np.log(model.score(validation_ids, order=3)).mean()),
-    }
+    for part, ids, least in (("training", train_ids, 1), ("held-out", validation_ids, 2)):
+        if len(ids) < least:
+            raise DataError(f"the {part} text has {len(ids)} tokens", "use a longer text")
+    cost = -np.log((count_ids(train_ids, vocab_size) + 1) / (len(train_ids) + vocab_size))
+    lines = {"uniform": math.log(vocab_size),
+             "unigram": _mean_cost(validation_ids, 1, lambda ids: cost[ids])}
+    orders = {name: n for name, n in (("bigram", 2), ("trigram", 3)) if vocab_size**n < 2**64}
+    model = NgramModel.fit(train_ids[:max_counted], vocab_size, max(orders.values(), default=1))
+    for name, order in orders.items():
+        lines[name] = _mean_cost(validation_ids, order, functools.partial(_nats, model, order))
+    return lines
+
+
+def smoothing_note(train_tokens: int, vocab_size: int, max_counted: int = MAX_COUNTED) -> str:
+    """What a table has to say about its n-gram lines: smoothing, and what they were counted on.
+
+    Args:
+        train_tokens: length of the training text.
+        vocab_size: V.
+        max_counted: as given to `ngram_lines`.
+    """
+    note = "unigram: add-one smoothing; bigram and trigram: interpolated Witten-Bell; counted on "
+    if train_tokens <= max_counted:
+        note += f"all {train_tokens:,} training tokens"
+    else:
+        note += (f"{train_tokens:,} training tokens (unigram) and on the first {max_counted:,} of "
+                 "them (bigram, trigram)")
+    if vocab_size**3 >= 2**64:
+        note += "; no trigram for so large a vocabulary"
+    return note
+
+
+def count_ids(ids: Integer[np.ndarray, " n"], vocab_size: int) -> Int64[np.ndarray, " V"]:
+    """How often each id occurs, of a memory map too: a few megabytes of it at a time."""
+    counts = np.zeros(vocab_size, np.int64)
+    for first in range(0, len(ids), _CHUNK):
+        counts += np.bincount(ids[first : first + _CHUNK], minlength=vocab_size)
+    return counts
+
+
+def _nats(model: NgramModel, order: int, ids: np.ndarray) -> np.ndarray:
+    return -np.log(model.score(ids, order))
+
+
+def _mean_cost(
+    ids: Integer[np.ndarray, " m"], order: int, cost: Callable[[np.ndarray], np.ndarray]
+) -> float:
+    """Average the cost of every id but the first, a chunk at a time, each with its history."""
+    sums = []
+    for first in range(1, len(ids), _CHUNK):
+        begin = max(0, first - order + 1)
+        sums.append(float(cost(ids[begin : first + _CHUNK])[first - begin :].sum()))
+    return math.fsum(sums) / (len(ids) - 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ from jaxtyping import Array
 from hippocampus.config import Config
 from hippocampus.config_files import read_json
 from hippocampus.data.batches import Batch, EvaluationWindows
+from hippocampus.data.documents import count_words
 from hippocampus.data.tokenizers import Tokenizer
 from hippocampus.devices import resolve
 from hippocampus.errors import CheckpointError, ConfigError, DataError
@@ -35,7 +36,7 @@ class Score:
     Attributes:
       nats: summed -log p of every token but the first, which has nothing before it.
       tokens: how many were predicted.
-      words: whitespace-separated words of the whole text.
+      words: of the whole text, as WikiText counts: between white space, and one a line end.
       bytes: UTF-8 bytes of what was predicted.
     """
 
@@ -127,7 +128,7 @@ class LanguageModel:
             raise DataError("the text is shorter than two tokens", "there is nothing to predict")
         windows = EvaluationWindows(ids, min(self.config.data.context, len(ids) - 1), 1)
         nats = sum(float(_nll_sum(self.model, self.params, batch)) for batch in windows)
-        return Score(nats, windows.n_targets, len(text.split()),
+        return Score(nats, windows.n_targets, count_words(text, ends=False),
                      self.tokenizer.count_bytes(ids[1:]))
 
     def run_with_cache(self, text: str | Array, names: str | Iterable[str] = "*",

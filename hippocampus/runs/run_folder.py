@@ -86,6 +86,11 @@ class RunFolder:
         """The evaluation at the end of the run."""
         return self.path / "results.json"
 
+    @property
+    def evaluations(self) -> Path:
+        """Tables of evaluations, as JSON and CSV."""
+        return self.path / "evaluations"
+
     def is_run(self) -> bool:
         """Whether a run was started here."""
         return self.config.is_file()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 
 class RunConsole:
@@ -56,12 +55,9 @@ class RunConsole:
         self.say((prompt + text).strip("\n"))
         self.say("-" * 64)
 
-    def table(self, title: str, header: list[str], rows: list[list[str]]) -> None:
-        """A small table."""
-        table = Table(*header, title=title, title_justify="left")
-        for row in rows:
-            table.add_row(*row)
-        self._console.print(table)
+    def show(self, content: RenderableType) -> None:
+        """Anything that rich prints."""
+        self._console.print(content)
 
     def stop(self) -> None:
         """Ends the bar."""

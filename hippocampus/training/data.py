@@ -15,10 +15,10 @@ from hippocampus.data.shards import TokenSplit, token_split
 from hippocampus.data.tokenizers import Tokenizer
 from hippocampus.data.vocabularies import bpe_shortfall, build_tokenizer
 from hippocampus.errors import ConfigError, DataError
+from hippocampus.evaluation.held_out import HeldOutText, take_split
 from hippocampus.evaluation.ngrams import ngram_lines
+from hippocampus.evaluation.report import Windows
 from hippocampus.runs.run_folder import RunFolder
-
-LINES_TOKENS = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,20 @@ class TrainingData:
         """Validation ids, 1-D."""
         return self.validation.ids
 
-    @cached_property
+    @property
     def bytes_per_token(self) -> float:
         """Of the predicted validation text, which is all but its first token."""
-        ids = self.validation.ids
-        first = self.tokenizer.count_bytes(ids[:1])
-        return (self.validation.n_bytes - first) / max(1, len(ids) - 1)
+        return self.held_out(packed=False).bytes_per_token
+
+    @property
+    def words_per_token(self) -> float:
+        """Of the predicted validation text, see `hippocampus.evaluation.metrics`."""
+        return self.held_out(packed=False).words_per_token
+
+    def held_out(self, packed: bool) -> HeldOutText:
+        """The validation split as it is evaluated, its documents kept apart if `packed`."""
+        return take_split(self.corpus.name, self.corpus.digest, "validation", self.validation,
+                          self.tokenizer, packed)
 
     def batches(self, config: Config) -> ShuffledWindows | Streams:
         """Training batches, a pure function of (seed, step)."""
@@ -72,23 +80,23 @@ class TrainingData:
 
     def windows(self, config: Config, max_windows: int) -> EvaluationWindows:
         """Validation windows."""
-        return EvaluationWindows(self.validation.ids, config.data.context,
-                                 config.eval.batch_size, max_windows)
+        cut = Windows.of(config)
+        text = self.held_out(config.data.documents == "packed")
+        return text.windows(cut.context, cut.stride, cut.batch_size, max_windows)
 
     def lines(self) -> dict[str, float]:
-        """Nats per token of the uniform, unigram, bigram and trigram models.
-
-        Their counts are of the first `LINES_TOKENS` training tokens, which bounds the memory.
-        """
-        return ngram_lines(self.train.ids[:LINES_TOKENS], self.validation.ids,
-                           self.tokenizer.vocab_size)
+        """Nats per token of the uniform, unigram, bigram and trigram models."""
+        return ngram_lines(self.train.ids, self.validation.ids, self.tokenizer.vocab_size)
 
     def record(self) -> str:
         """What the run folder keeps to recognise the text by."""
         return json.dumps({
             "corpus": self.corpus.name, "sha256": self.corpus.digest,
             "tokenizer": self.tokenizer.digest, "train_tokens": len(self.train.ids),
-            "validation_tokens": len(self.validation.ids)}, indent=2) + "\n"
+            "train_bytes": self.train.n_bytes, "validation_tokens": len(self.validation.ids),
+            "validation_bytes": self.validation.n_bytes,
+            "validation_words": self.validation.n_words,
+            "validation_unknown": self.validation.n_unknown}, indent=2) + "\n"
 
     def check_same_as(self, folder: RunFolder) -> None:
         """Refuses to go on with a run on another text or tokenizer.

@@ -10,15 +10,12 @@ import dataclasses
 import functools
 import json
 import math
-import shlex
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from hippocampus import __version__, distributed
@@ -28,10 +25,10 @@ from hippocampus.data.batches import Batch
 from hippocampus.data.prefetch import prefetch
 from hippocampus.devices import resolve
 from hippocampus.errors import ConfigError, Stopped
-from hippocampus.evaluation.evaluate import Evaluation, evaluate
+from hippocampus.evaluation.evaluate import evaluate
 from hippocampus.files import write_atomically
 from hippocampus.generation.language_model import LanguageModel
-from hippocampus.models.build_model import build_model, count_parameters, parameter_shapes
+from hippocampus.models.build_model import build_model
 from hippocampus.runs.checkpoints import Checkpoints
 from hippocampus.runs.run_folder import RunFolder, RunLock, cut_metrics, environment
 from hippocampus.training import sharding
@@ -39,6 +36,7 @@ from hippocampus.training.clock import Clock
 from hippocampus.training.console import RunConsole
 from hippocampus.training.data import TrainingData, read_data
 from hippocampus.training.optimizer import build_optimizer
+from hippocampus.training.report import conclude, eval_values, generate_sample, greet
 from hippocampus.training.signals import StopSignal
 from hippocampus.training.state import TrainState
 from hippocampus.training.step import TrainStep, jit_train_step, sharded_init, train_step
@@ -118,11 +116,11 @@ def fit(config: Config, workdir: str | Path | None = None) -> Path:
         if first:
             _open_folder(folder, config, automatic, data, console)
         distributed.barrier()
-        _greet(console, config, folder, data, model)
+        greet(console, config, folder, data, model)
         with Checkpoints(folder.steps, config.checkpoint) as checkpoints:
             trained = _train(config, folder, data, model, mesh, console, checkpoints)
             if trained or not distributed.from_first(folder.results.exists()):
-                _conclude(console, config, folder, data, model, mesh, checkpoints)
+                conclude(console, config, folder, data, model, mesh, checkpoints)
     finally:
         console.stop()
         if lock is not None:
@@ -273,25 +271,15 @@ def _evaluate(run: Run, state: TrainState, step: int) -> float:
     """Scores the validation split with raw and averaged weights; returns eval/loss."""
     windows = run.data.windows(run.config, run.config.eval.max_windows)
     with sharding.around(run.mesh):
-        values = _eval_values("eval", {
-            name: evaluate(run.model, params, windows, run.data.bytes_per_token, run.place)
+        values = eval_values("eval", {
+            name: evaluate(run.model, params, windows, run.data.bytes_per_token, run.place,
+                           run.data.words_per_token)
             for name, params in (("raw", state.params), ("ema", state.ema)) if params})
     run.trackers.scalars(step, values)
     raw = f" (raw weights {values['eval/loss_raw']:.4f})" if state.ema else ""
     run.console.say(f"step {step}: validation loss {values['eval/loss']:.4f}{raw}, "
                     f"{values['eval/bits_per_byte']:.4f} bits per byte")
     return values["eval/loss"]
-
-
-def _eval_values(prefix: str, scored: Mapping[str, Evaluation]) -> dict[str, float]:
-    """The series of an evaluation; the averaged weights are the ones that count, if there are."""
-    best = scored.get("ema", scored["raw"])
-    values = {f"{prefix}/loss": best.nats_per_token, f"{prefix}/bits_per_byte": best.bits_per_byte,
-              f"{prefix}/loss_raw": scored["raw"].nats_per_token,
-              f"{prefix}/bits_per_byte_raw": scored["raw"].bits_per_byte}
-    if best.skip_nats_per_token is not None:
-        values[f"{prefix}/loss_skip"] = best.skip_nats_per_token
-    return values
 
 
 def _draw(run: Run, state: TrainState, step: int, batch: Batch) -> None:
@@ -314,81 +302,11 @@ def _sample(run: Run, state: TrainState, step: int) -> None:
     if not distributed.is_first():
         return
     lm = LanguageModel(run.model, params, run.data.tokenizer, run.config)
-    text = _generate(lm, run.config)
+    text = generate_sample(lm, run.config)
     run.folder.samples.mkdir(exist_ok=True)
     write_atomically(run.folder.samples / f"{step}.txt", run.config.sample.prompt + text)
     run.trackers.text(step, "sample", run.config.sample.prompt + text)
     run.console.sample(step, run.config.sample.prompt, text)
-
-
-def _generate(lm: LanguageModel, config: Config) -> str:
-    sample = config.sample
-    return lm.generate(sample.prompt, max_new_tokens=sample.max_new_tokens, top_k=sample.top_k,
-                       temperature=sample.temperature, seed=config.train.seed)
-
-
-def _greet(console: RunConsole, config: Config, folder: RunFolder, data: TrainingData,
-           model: Any) -> None:
-    """What is about to run."""
-    console.say(f"{config.name}: {count_parameters(model):,} parameters, "
-                f"{len(jax.devices())} x {jax.devices()[0].device_kind}, "
-                f"{config.model.compute_dtype}, in {folder.path}")
-    unknown = data.validation.n_unknown / len(data.validation_ids)
-    console.say(f"{data.corpus.name}: {len(data.train_ids):,} training and "
-                f"{len(data.validation_ids):,} validation tokens ({config.data.tokenizer}, "
-                f"vocabulary {data.tokenizer.vocab_size}"
-                + (f", {unknown:.2%} of validation unknown" if unknown else "")
-                + f"), sha256 {data.corpus.digest[:16]}")
-    if data.note:
-        console.say(data.note)
-
-
-def _conclude(console: RunConsole, config: Config, folder: RunFolder, data: TrainingData,
-              model: Any, mesh: Mesh, checkpoints: Checkpoints) -> None:
-    """The best checkpoint against the n-gram lines, a text from it, and what to type next."""
-    console.stop()
-    checkpoints.wait()
-    step = distributed.from_first(checkpoints.best)
-    shapes = parameter_shapes(model)
-    like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes,
-                        sharding.tree_shardings(mesh, shapes, config.mesh.rules))
-    trees = {"raw": "params", **({"ema": "ema"} if config.ema.decay else {})}
-    windows, scored = data.windows(config, 0), {}
-
-    def place(batch: Any) -> Any:
-        return sharding.to_devices(batch, mesh)
-
-    for name, tree in trees.items():  # the last one is the one that counts
-        params = checkpoints.restore(step, {tree: like})[tree]
-        with sharding.around(mesh):
-            scored[name] = evaluate(model, params, windows, data.bytes_per_token, place)
-    params = sharding.to_one_device(params, mesh)
-    if not distributed.is_first():
-        return
-    best = LanguageModel(model, params, data.tokenizer, config, step)
-    values = _eval_values("final", scored)
-    rows = [[name, f"{nats:.4f}", f"{nats / (np.log(2) * data.bytes_per_token):.4f}"]
-            for name, nats in data.lines().items()]
-    rows += [[f"this model, {'average' if name == 'ema' else 'raw'} weights, step {best.step}",
-              f"{e.nats_per_token:.4f}", f"{e.bits_per_byte:.4f}"] for name, e in scored.items()]
-    console.table(f"validation: {data.corpus.name}, {windows.n_targets:,} tokens in windows of "
-                  f"{config.data.context}", ["model", "nats per token", "bits per byte"], rows)
-    text = _generate(best, config)
-    folder.samples.mkdir(exist_ok=True)
-    write_atomically(folder.samples / "best.txt", config.sample.prompt + text)
-    console.sample(best.step or 0, config.sample.prompt, text)
-    write_atomically(folder.results, _json({"step": best.step, **values}))  # last: it is concluded
-    console.say("next:")
-    console.say(f"  {_python()} -m hippocampus.sample --workdir={folder.path} "
-                f"--prompt={shlex.quote(config.sample.prompt)}")
-    console.say(f"  tensorboard --logdir={folder.path}      (pip install tensorboard)")
-    console.say("  go on: the same command with a larger --config.train.steps")
-
-
-def _python() -> str:
-    """This interpreter, as a person would type it from here."""
-    here = Path(sys.executable)
-    return str(here.relative_to(Path.cwd())) if here.is_relative_to(Path.cwd()) else "python"
 
 
 def _due(step: int, every: int) -> bool:

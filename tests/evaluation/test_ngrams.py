@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 
 from hippocampus.data.tokenizers import byte_tokenizer
 from hippocampus.errors import DataError
-from hippocampus.evaluation.ngrams import NgramModel, ngram_lines
+from hippocampus.evaluation import ngrams
+from hippocampus.evaluation.ngrams import NgramModel, count_ids, ngram_lines, smoothing_note
 
 V = 5
 TEXTS = st.lists(st.integers(0, V - 1), min_size=1, max_size=60).map(np.array)
+PREDICTABLE = st.lists(st.integers(0, V - 1), min_size=2, max_size=60).map(np.array)
 
 
 def by_hand(train, history, token):
@@ -37,12 +39,13 @@ def test_probabilities_sum_to_one_for_any_history(train, history):
     assert math.isclose(p.sum(), 1, rel_tol=1e-12)
 
 
-@given(train=TEXTS, validation=TEXTS)
+@given(train=TEXTS, validation=PREDICTABLE)
 def test_lines_are_those_computed_by_hand(train, validation):
     t, v = train.tolist(), validation.tolist()
-    unigram = [(t.count(w) + 1) / (len(t) + V) for w in v]
-    bigram = [by_hand(t, v[max(i - 1, 0) : i], w) for i, w in enumerate(v)]
-    trigram = [by_hand(t, v[max(i - 2, 0) : i], w) for i, w in enumerate(v)]
+    predicted = [*enumerate(v)][1:]
+    unigram = [(t.count(w) + 1) / (len(t) + V) for _, w in predicted]
+    bigram = [by_hand(t, v[i - 1 : i], w) for i, w in predicted]
+    trigram = [by_hand(t, v[max(i - 2, 0) : i], w) for i, w in predicted]
     lines = ngram_lines(train, validation, V)
     assert list(lines) == ["uniform", "unigram", "bigram", "trigram"]
     expected = [math.log(V)] + [-np.log(p).mean() for p in (unigram, bigram, trigram)]
@@ -68,12 +71,41 @@ def test_text_of_one_symbol_is_predicted_almost_surely():
     assert ngram_lines(ids, ids, 256)["trigram"] < 1e-3
 
 
-@pytest.mark.parametrize("part", ["training", "validation"])
-def test_empty_text_is_an_error(part):
-    texts = {"training": np.ones(5, np.int32), "validation": np.ones(5, np.int32)}
-    texts[part] = texts[part][:0]
-    with pytest.raises(DataError, match=f"the {part} text has no tokens"):
-        ngram_lines(texts["training"], texts["validation"], 2)
+@pytest.mark.parametrize(("train", "held_out", "words"), [
+    (0, 5, "the training text has 0 tokens"), (5, 0, "the held-out text has 0 tokens"),
+    (5, 1, "the held-out text has 1 tokens")])
+def test_text_with_nothing_to_count_or_to_predict_is_an_error(train, held_out, words):
+    with pytest.raises(DataError, match=words):
+        ngram_lines(np.ones(train, np.int32), np.ones(held_out, np.int32), 2)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1000])
+def test_chunks_of_a_memory_map_change_nothing(tmp_path, monkeypatch, chunk):
+    train, held_out = np.random.default_rng(0).integers(0, V, (2, 200)).astype(np.uint16)
+    train.tofile(tmp_path / "ids.bin")
+    whole = ngram_lines(train, held_out, V)
+    monkeypatch.setattr(ngrams, "_CHUNK", chunk)
+    mapped = np.memmap(tmp_path / "ids.bin", np.uint16, mode="r")
+    assert ngram_lines(mapped, held_out, V) == pytest.approx(whole, rel=1e-12)
+    assert count_ids(mapped, V).tolist() == np.bincount(train, minlength=V).tolist()
+
+
+def test_prefix_is_counted_by_bigram_and_trigram_alone_and_the_note_says_so():
+    train, held_out = np.random.default_rng(0).integers(0, V, (2, 200))
+    some, prefix = (ngram_lines(t, held_out, V, m) for t, m in ((train, 60), (train[:60], 60)))
+    assert some["unigram"] == ngram_lines(train, held_out, V)["unigram"] != prefix["unigram"]
+    assert (some["bigram"], some["trigram"]) == (prefix["bigram"], prefix["trigram"])
+    note = smoothing_note(200, V, 60)
+    assert "200 training tokens (unigram)" in note and "first 60 of them" in note
+    assert "all 60 training tokens" in smoothing_note(60, V, 60)
+    assert "add-one" in note and "Witten-Bell" in note
+
+
+def test_vocabulary_too_large_for_trigram_keys_has_no_trigram_line_and_says_so():
+    ids = np.random.default_rng(0).integers(0, 2_700_000, 300)
+    assert list(ngram_lines(ids, ids, 2_700_000)) == ["uniform", "unigram", "bigram"]
+    assert "no trigram" in smoothing_note(300, 2_700_000)
+    assert "no trigram" not in smoothing_note(300, 2_600_000)
 
 
 def test_tinyshakespeare_lines_have_their_known_values(tinyshakespeare_path):

@@ -1,0 +1,33 @@
+"""From nats per token to the numbers people compare: bits per byte and perplexities."""
+
+from __future__ import annotations
+
+import math
+
+
+def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
+    """Cross-entropy in bits per UTF-8 byte of the text, whatever it was cut into."""
+    return nats_per_token / (math.log(2) * bytes_per_token)
+
+
+def perplexity(nats_per_token: float) -> float:
+    """exp(nats per token); it depends on what a token is."""
+    return _exp(nats_per_token)
+
+
+def word_perplexity(nats_per_token: float, words_per_token: float) -> float:
+    """exp(summed nats / words): the perplexity per word, whatever a token is.
+
+    Args:
+      nats_per_token: mean over the predictions.
+      words_per_token: words of the text / predictions. A word here is WikiText's: what stands
+        between white space, and one `<eos>` for every line.
+
+    Source: the convention of the WikiText results (Merity et al. 2016, arXiv:1609.07843), whose
+    test split has 245,569 words.
+    """
+    return _exp(nats_per_token / words_per_token) if words_per_token else math.inf
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf

@@ -1,0 +1,171 @@
+"""The evaluation of a run folder: what `python -m hippocampus.evaluate` runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from hippocampus.config import Config
+from hippocampus.config_files import read_json
+from hippocampus.data.batches import Batch
+from hippocampus.data.corpora import Corpus, open_corpus
+from hippocampus.data.shards import token_split
+from hippocampus.data.tokenizers import Tokenizer
+from hippocampus.errors import ConfigError, DataError
+from hippocampus.evaluation.evaluate import evaluate
+from hippocampus.evaluation.held_out import HeldOutText, read_text, take_split
+from hippocampus.evaluation.ngrams import ngram_lines, smoothing_note
+from hippocampus.evaluation.report import WEIGHTS, Report, Windows, make_report
+from hippocampus.files import check_writable
+from hippocampus.generation.language_model import LanguageModel, load
+from hippocampus.runs.run_folder import RunFolder
+
+SPLITS = ("validation", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to evaluate, on what.
+
+    Attributes:
+      split: "validation" or "test".
+      text: a UTF-8 file to score instead of a split; "" = the split.
+      step: a saved step; None = the best one.
+      weights: "both", "ema" or "raw".
+      context, stride, batch_size: None = the run's own.
+    """
+
+    split: str = "validation"
+    text: str = ""
+    step: int | None = None
+    weights: str = "both"
+    context: int | None = None
+    stride: int | None = None
+    batch_size: int | None = None
+
+
+def evaluate_run(
+    path: str | Path, request: Request, out: str | Path | None = None,
+    track: Callable[[Iterable[Batch], str, int], Iterable[Batch]] = lambda batches, *_: batches,
+) -> tuple[Report, Path]:
+    """Evaluates a run folder and writes the JSON and CSV files.
+
+    Args:
+      path: the run folder.
+      request: what to evaluate.
+      out: folder of the files; None = `evaluations/` in the run folder.
+      track: wraps the batches, given a name and their number, to show progress.
+
+    Returns:
+      The report, and the JSON file.
+
+    Raises:
+      ConfigError: a setting that does not go with the model, or a folder that cannot be written.
+      DataError: no run folder, no such split, or a text other than the one of the training.
+      CheckpointError: no such step.
+    """
+    folder = RunFolder(Path(path))
+    if not folder.is_run():
+        raise DataError(f"no run folder at {folder.path}", "train one with python -m "
+                        "hippocampus.train --config=configs/quickstart.py")
+    config, _ = read_json(folder.config)
+    windows = choose_windows(config, request)
+    out = Path(out) if out is not None else folder.evaluations
+    check_writable(out)
+    text, lines, notes = _read(folder, config, Tokenizer.load(folder.tokenizer), request)
+    cut = text.windows(windows.context, windows.stride, windows.batch_size)
+    models = load_weights(folder, request.weights, request.step)
+    evaluations = {
+        name: evaluate(lm.model, lm.params, track(cut, f"{WEIGHTS[name]} weights", len(cut)),
+                       text.bytes_per_token, words_per_token=text.words_per_token)
+        for name, lm in models.items()}
+    report = make_report(evaluations, text, windows, lines, notes, config=config,
+                         step=next(iter(models.values())).step, run=folder.path)
+    return report, report.write(out)
+
+
+def choose_windows(config: Config, request: Request) -> Windows:
+    """The windows asked for, or the run's own.
+
+    Raises:
+      ConfigError: a stride beyond the context, or a context beyond the learned positions.
+    """
+    own = Windows.of(config)
+    context = own.context if request.context is None else request.context
+    stride = own.stride if request.stride is None else request.stride
+    if request.stride is None and stride > context:
+        stride = 0  # the run's own stride belongs to the run's own context
+    batch_size = own.batch_size if request.batch_size is None else request.batch_size
+    for name, value, least in (("--context", request.context, 1), ("--stride", request.stride, 0),
+                               ("--batch_size", request.batch_size, 1)):
+        if value is not None and value < least:
+            raise ConfigError(f"{name} is {value}", f"it must be at least {least}")
+    if stride > context:
+        raise ConfigError(f"--stride={stride} is more than the context of {context}",
+                          "tokens would be left out; 0 = disjoint windows")
+    limit = config.model.max_length or config.data.context
+    if config.model.position == "learned" and context > limit:
+        raise ConfigError(f"--context={context} is more than the {limit} learned positions of the "
+                          "model", f"at most {limit}; rotary positions go beyond")
+    return Windows(context, stride, batch_size)
+
+
+def load_weights(folder: RunFolder, weights: str, step: int | None) -> dict[str, LanguageModel]:
+    """The models of one step by their weights, "raw" before "ema".
+
+    A run that keeps no average has raw weights only.
+    """
+    config, _ = read_json(folder.config)
+    if weights == "ema" and not config.ema.decay:
+        raise ConfigError(f"{folder.path} keeps no average of its weights (ema.decay = 0)",
+                          "--weights=raw")
+    names = ("raw", "ema") if weights == "both" and config.ema.decay else (
+        "raw" if weights == "both" else weights,)
+    models: dict[str, LanguageModel] = {}
+    for name in names:
+        models[name] = load(folder.path, weights=name, step=step)
+        step = models[name].step  # a run that goes on may save a better one in between
+    return models
+
+
+def _read(folder: RunFolder, config: Config, tokenizer: Tokenizer, request: Request,
+          ) -> tuple[HeldOutText, dict[str, float], tuple[str, ...]]:
+    """The text, and the n-gram lines with what is to be said of them."""
+    if request.text:
+        text = read_text(Path(request.text).expanduser(), tokenizer)
+        try:
+            corpus = _corpus_of(folder, config)
+        except DataError as error:  # the run folder may have travelled without its corpus
+            return text, {"uniform": math.log(tokenizer.vocab_size)}, (
+                f"no n-gram lines: the training text cannot be read ({error.message})",)
+    else:
+        corpus = _corpus_of(folder, config)
+        if request.split not in corpus.splits:
+            raise DataError(f"{corpus.name} has no {request.split} split",
+                            f"it has {', '.join(corpus.splits)}; --text=FILE scores any text")
+        tokens = token_split(corpus, tokenizer, request.split)
+        text = take_split(corpus.name, corpus.digest, request.split, tokens, tokenizer,
+                          config.data.documents == "packed")
+    train = token_split(corpus, tokenizer, "train").ids
+    lines = ngram_lines(train, text.ids, tokenizer.vocab_size)
+    return text, lines, (smoothing_note(len(train), tokenizer.vocab_size),)
+
+
+def _corpus_of(folder: RunFolder, config: Config) -> Corpus:
+    """The corpus of a run, if it is still the text that the run was trained on."""
+    try:
+        saved = json.loads(folder.data.read_text("utf-8"))["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(f"cannot read {folder.data}, which says what the run was trained on",
+                        "restore it from a copy") from None
+    corpus = open_corpus(config.data)
+    if corpus.digest != saved:
+        raise DataError(
+            f"{config.data.corpus} is not the text that {folder.path} was trained on "
+            f"({str(saved)[:12]}… then, {corpus.digest[:12]}… now)",
+            "what it was trained on may stand in this one's held-out splits; --text=FILE scores "
+            "any text")
+    return corpus
