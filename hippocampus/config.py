@@ -266,15 +266,21 @@ class SampleConfig:
 class MeshConfig:
     """How devices are arranged, and how parameters lie on them."""
 
+    devices: int = _count(0, "devices that the run expects to find, over all processes; 0 = any "
+                          "number", low=0)
     data: int = _count(-1, "data-parallel size; -1 = all devices the other axes leave", low=-1)
     fsdp: int = _count(1, "size over which parameters and batch are sharded")
-    tensor: int = _count(1, "size over which matrices are split")
-    sequence: int = _count(1, "size over which the time axis is split", high=1)
+    tensor: int = _count(1, "size over which heads and widths are split")
+    sequence: int = _count(1, "size over which the time axis is split")
     rules: tuple[tuple[str, str], ...] = _setting(
         ((r"embedding$|head$", "tensor,fsdp"), (r"(out|down)/kernel$", "tensor,fsdp"),
+         (r"slots$", "fsdp,tensor,-"), (r"ssm/gates/kernel$", "tensor,fsdp,-"),
+         (r"(conv_kernel|gates/bias)$", "-,tensor+fsdp"),
+         (r"(log_decay|input_kernel|output_kernel)$", "tensor+fsdp,-"),
          (r"kernel$", "fsdp,tensor")),
-        "(regular expression over the parameter path, mesh axis of each dimension or '-'); the "
-        "first match counts, dimensions that do not divide stay whole, no match = replicated")
+        "(regular expression over the parameter path, mesh axis of each of the last dimensions: a "
+        "name, several joined by '+', or '-'); the first match with enough dimensions counts, an "
+        "axis that does not divide is left out, no match = replicated")
 
 
 @dataclass(frozen=True)
@@ -379,11 +385,13 @@ def check_together(config: Config) -> Config:
         raise ConfigError("loss.rectified_flow.segment_weight needs model.segments.train of at "
                           "least 2", "it is the flow from the first pass to the last")
     for pattern, axes in config.mesh.rules:
-        named = [axis.strip() for axis in axes.split(",") if axis.strip() != "-"]
+        named = [axis.strip() for part in axes.split(",") for axis in part.split("+")
+                 if axis.strip() != "-"]
         if (unknown := set(named) - set(MESH_AXES)) or len(set(named)) < len(named):
             wrong = f"the axis {sorted(unknown)[0]!r}" if unknown else "an axis twice"
             raise ConfigError(f"mesh.rules names {wrong} for {pattern!r}",
                               f"known: {', '.join(MESH_AXES)}, -; each once")
+    divides("data.context", config.data.context, "mesh.sequence", config.mesh.sequence)
     if model.position == "learned" and 0 < model.max_length < config.data.context:
         raise ConfigError(f"model.max_length = {model.max_length} is less than data.context = "
                           f"{config.data.context}", "learned positions need a row per token")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from hippocampus import distributed
 from hippocampus.config_files import load_config
 from hippocampus.verbs import Parser, run_verb, take_overrides
 
@@ -17,8 +18,12 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--workdir", help="run folder (default: checkpoints/<config name>)")
     parser.add_argument("--check", action="store_true",
                         help="check the config, print parameters and memory, train nothing")
+    distributed.add_flags(parser)
     rest, overrides = take_overrides(arguments)
     flags = parser.parse_args(rest)
+    if flags.expect_devices:
+        overrides["mesh.devices"] = str(flags.expect_devices)
+    distributed.initialize(flags.coordinator_address, flags.num_processes, flags.process_id)
     config = load_config(flags.config, overrides)
     if flags.check:
         from hippocampus.training.check import describe

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from hippocampus import distributed
 from hippocampus.errors import (
     EXIT_BUG,
     EXIT_OK,
@@ -55,30 +56,51 @@ def take_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]
 
 
 def run_verb(main: Callable[[Sequence[str]], Any], arguments: Sequence[str] | None = None) -> None:
-    """Runs a verb and ends the process with the exit code of what happened."""
+    """Runs a verb and ends the process with the exit code of what happened.
+
+    Of several processes (hippocampus.distributed) one says why they end, and all end with its
+    exit code.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
     try:
         main(arguments)
+        distributed.finish()
+    except Stopped as error:  # all processes are here, at the same step
+        if distributed.is_first():
+            _report(error, debug)
+        distributed.finish()
+        sys.exit(error.exit_code)
     except HippocampusError as error:
-        sys.exit(_report(error, debug))
+        _end(error, debug)
     except KeyboardInterrupt:  # outside the loop, where there is nothing to save
-        sys.exit(_report(Stopped("interrupted", "start the same command again"), debug))
+        _end(Stopped("interrupted", "start the same command again"), debug)
     except Exception as error:
         known = _out_of_memory(error)
         if known is not None:
-            sys.exit(_report(known, debug))
+            _end(known, debug)
+        if distributed.is_several():  # where nothing else could end the others
+            if distributed.report_failure(EXIT_BUG):
+                traceback.print_exception(error)
+            distributed.leave_failed(EXIT_BUG)
         raise
     sys.exit(EXIT_OK)
 
 
-def _report(error: HippocampusError, debug: bool) -> int:
+def _end(error: HippocampusError, debug: bool) -> NoReturn:
+    code = error.exit_code or EXIT_BUG
+    if distributed.report_failure(code):
+        _report(error, debug)
+    distributed.leave_failed(code)
+    sys.exit(code)
+
+
+def _report(error: HippocampusError, debug: bool) -> None:
     if debug:
         traceback.print_exception(error)
     kind = "stopped" if isinstance(error, Stopped) else "error"
     sys.stdout.flush()
     sys.stderr.write(f"{kind}: {error.message}\n" + (f"hint: {error.hint}\n" if error.hint else ""))
-    return error.exit_code or EXIT_BUG
 
 
 def _out_of_memory(error: BaseException) -> OutOfMemoryError | None:

@@ -20,6 +20,7 @@ from hippocampus.models.interventions import NEUTRAL, Interventions
 from hippocampus.models.layer_stack import run_layers
 from hippocampus.models.segment_reasoner import SegmentReasoner
 from hippocampus.ops.cross_entropy import Head
+from hippocampus.ops.embedding import embed
 
 VOCAB_MULTIPLE = 128
 
@@ -93,10 +94,10 @@ class HybridLM(nn.Module):
         """
         cfg, tokens_BT = self.config, batch.tokens_BT
         positions_BT = _positions(batch)
-        x_BTD = self.embedding_VD[tokens_BT].astype(self.dtype) * jnp.asarray(
+        x_BTD = embed(self.embedding_VD, tokens_BT).astype(self.dtype) * jnp.asarray(
             cfg.d_model**0.5, self.dtype)
         if cfg.position == "learned":
-            x_BTD = x_BTD + self.position_TD[positions_BT].astype(self.dtype)
+            x_BTD = x_BTD + embed(self.position_TD, positions_BT).astype(self.dtype)
         x_BTD = self.edit("embedding", x_BTD)
 
         passes, chosen = cfg.segments.train, None

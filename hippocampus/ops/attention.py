@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hippocampus.errors import ConfigError
+from hippocampus.ops import placement
+from hippocampus.ops.placement import SEQUENCE
 
 BACKENDS = ("xla", "cudnn")
 
@@ -27,7 +32,8 @@ def attention(
       backend: "xla", or "cudnn" (fused; NVIDIA Ampere and later, float16 or bfloat16).
 
     Returns:
-      o_BTHd in the dtype of `q_BTHd`; scores and softmax are float32.
+      o_BTHd in the dtype of `q_BTHd`; scores and softmax are float32. Under a mesh that cuts the
+      time axis every device gathers all keys and values and answers its own queries.
 
     Raises:
       ConfigError: an unknown backend.
@@ -36,15 +42,42 @@ def attention(
     """
     if backend not in BACKENDS:
         raise ConfigError(f"attention backend is {backend!r}", f"known: {', '.join(BACKENDS)}")
-    T, d = q_BTHd.shape[1], q_BTHd.shape[-1]
-    # cuDNN has no gradient for odd lengths and none for float32: those calls go to XLA.
-    fused = (backend == "cudnn" and T % 2 == 0 and d % 8 == 0 and d <= 128
-             and q_BTHd.dtype in (jnp.float16, jnp.bfloat16))
+    if placement.shards(SEQUENCE, q_BTHd.shape[1]) > 1:
+        heads = ("batch", SEQUENCE, "tensor", None)
+        return placement.map_shards(
+            functools.partial(_own_queries, window=window, scale=scale, backend=backend),
+            (q_BTHd, k_BTGd, v_BTGd, document_ids), (heads, heads, heads, ("batch", SEQUENCE)),
+            heads)
     mask = None if document_ids is None else same_document(document_ids)[:, None]
     return jax.nn.dot_product_attention(
         q_BTHd, k_BTGd, v_BTGd, mask=mask, scale=scale, is_causal=True,
         local_window_size=(window - 1, 0) if window else None,
-        implementation="cudnn" if fused else "xla")
+        implementation=_implementation(backend, q_BTHd))
+
+
+def _implementation(backend: str, q: Array) -> Literal["xla", "cudnn"]:
+    """cuDNN has no gradient for odd lengths and none for float32: those calls go to XLA."""
+    T, d = q.shape[1], q.shape[-1]
+    fused = (backend == "cudnn" and T % 2 == 0 and d % 8 == 0 and d <= 128
+             and q.dtype in (jnp.float16, jnp.bfloat16))
+    return "cudnn" if fused else "xla"
+
+
+def _own_queries(q: Array, k: Array, v: Array, ids: Array | None, *, window: int,
+                 scale: float | None, backend: str) -> Array:
+    """Attention of one device's queries to the keys and values of all devices."""
+    gather = functools.partial(jax.lax.all_gather, axis_name=SEQUENCE, axis=1, tiled=True)
+    k, v = gather(k), gather(v)
+    t = jax.lax.axis_index(SEQUENCE) * q.shape[1] + jnp.arange(q.shape[1])[:, None]
+    s = jnp.arange(k.shape[1])
+    mask = s <= t
+    if window:
+        mask &= s > t - window
+    mask = mask[None]
+    if ids is not None:
+        mask = mask & (ids[:, :, None] == gather(ids)[:, None, :])
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale,
+                                        implementation=_implementation(backend, q))
 
 
 def same_document(document_ids_BT: Int[Array, "B T"]) -> Bool[Array, "B T T"]:

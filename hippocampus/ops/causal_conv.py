@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from hippocampus.ops import placement
+from hippocampus.ops.placement import SEQUENCE
 
 
 def causal_conv(
@@ -18,6 +22,32 @@ def causal_conv(
       bias_E: bias per channel.
       document_ids_BT: document of each token; None = one document a row.
     """
+    halo, T = len(kernel_WE) - 1, x_BTE.shape[1]
+    n = placement.shards(SEQUENCE, T)
+    if n > 1 and 0 < halo <= T // n:
+        lies = ("batch", SEQUENCE, "tensor")
+        return placement.map_shards(
+            _own_tokens, (x_BTE, kernel_WE, bias_E, document_ids_BT),
+            (lies, (None, "tensor"), ("tensor",), ("batch", SEQUENCE)), lies)
+    return _convolve(x_BTE, kernel_WE, bias_E, document_ids_BT)
+
+
+def _own_tokens(x: Array, kernel: Array, bias: Array, ids: Array | None) -> Array:
+    """The outputs of one device's tokens, which reach back to the device before it."""
+    halo = len(kernel) - 1
+    follows = [(i, i + 1) for i in range(jax.lax.axis_size(SEQUENCE) - 1)]
+
+    def with_past(array: Array) -> Array:  # zeros before the first token
+        past = jax.lax.ppermute(array[:, -halo:], SEQUENCE, follows)
+        return jnp.concatenate([past, array], axis=1)
+
+    # Shifted by one, because 0 is a document and nothing is none.
+    ids = None if ids is None else with_past(ids + 1)
+    return _convolve(with_past(x), kernel, bias, ids)[:, halo:]
+
+
+def _convolve(x_BTE: Array, kernel_WE: Array, bias_E: Array,
+              document_ids_BT: Array | None) -> Array:
     T = x_BTE.shape[1]
     y_BTE = bias_E + kernel_WE[0] * x_BTE
     for j in range(1, min(len(kernel_WE), T)):

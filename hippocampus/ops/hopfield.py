@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from hippocampus.ops import placement
 from hippocampus.ops.attention import attention, same_document
 
 
@@ -48,6 +49,7 @@ def retrieve(
         new = attention(query, keys_BTHd, keys_BTHd, document_ids=document_ids, scale=1.0,
                         backend=backend)
     else:
+        keys_BTHd = _everywhere(keys_BTHd)
         p_context, p_slots = probabilities(xi_BTHd, keys_BTHd, slots_SHd, beta_H, document_ids)
         new = jnp.einsum("bhts,shd->bthd", p_slots, slots_SHd.astype(jnp.float32))
         if keys_BTHd is not None:
@@ -111,13 +113,22 @@ def _scores(xi: Array, keys: Array | None, slots: Array | None, beta_H: Array,
             document_ids: Array | None) -> Array:
     """beta k.xi as B,H,T,(T+S) float32, with -inf where a token may not look."""
     xi = xi.astype(jnp.float32) * beta_H[:, None]
-    parts = []
+    parts, keys = [], _everywhere(keys)
     if keys is not None:
         scores = jnp.einsum("bthd,bshd->bhts", xi, keys.astype(jnp.float32))
         parts.append(jnp.where(_visible(keys.shape[1], document_ids), scores, -jnp.inf))
     if slots is not None:
         parts.append(jnp.einsum("bthd,shd->bhts", xi, slots.astype(jnp.float32)))
     return jnp.concatenate(parts, axis=-1)
+
+
+def _everywhere(keys: Array | None) -> Array | None:
+    """The keys of all tokens on every device, also where the time axis is cut."""
+    if keys is None or placement.shards(placement.SEQUENCE, keys.shape[1]) == 1:
+        return keys
+    # In two steps, because XLA copies whole arrays to change two dimensions at once.
+    keys = placement.constrain(keys, "batch", placement.SEQUENCE, "tensor", None)
+    return placement.constrain(keys, "batch", None, "tensor", None)
 
 
 def _visible(T: int, document_ids: Array | None) -> Bool[Array, "... T T"]:

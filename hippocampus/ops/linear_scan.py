@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from hippocampus.errors import ConfigError
+from hippocampus.ops import placement
+from hippocampus.ops.placement import SEQUENCE
 
 
 def linear_scan(
@@ -30,7 +32,9 @@ def linear_scan(
 
     Returns:
       h_BTE in the dtype of `x_BTE`. The gradient is the same recurrence run backwards, with the
-      same backend, so memory does not grow with the depth of the algorithm.
+      same backend, so memory does not grow with the depth of the algorithm. Under a mesh that cuts
+      the time axis every device scans its own tokens, from a state that it works out from the
+      last states and decay products of the devices before it.
 
     Raises:
       ConfigError: an unknown backend.
@@ -42,6 +46,12 @@ def linear_scan(
     a_BTE, x_BTE = jnp.asarray(a_BTE), jnp.asarray(x_BTE)
     if reset_BT is not None:
         a_BTE = jnp.where(reset_BT[..., None], 0.0, a_BTE)
+    if placement.shards(SEQUENCE, x_BTE.shape[1]) > 1:
+        if h0_BE is not None:
+            x_BTE = x_BTE.at[:, 0].add(a_BTE[:, 0] * h0_BE)
+        lies = ("batch", SEQUENCE, "tensor")
+        return placement.map_shards(functools.partial(_scan_of_shards, backend),
+                                    (a_BTE, x_BTE), (lies, lies), lies)
     if h0_BE is None:
         h0_BE = jnp.zeros_like(x_BTE[:, 0])
     return _scan(backend, a_BTE, x_BTE, h0_BE)
@@ -68,6 +78,46 @@ def _scan_backward(backend: str, saved: tuple, g: Array) -> tuple[Array, Array, 
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan_of_shards(backend: str, a: Array, x: Array) -> Array:
+    return _scan_of_shards_forward(backend, a, x)[0]
+
+
+def _scan_of_shards_forward(backend: str, a: Array, x: Array) -> tuple[Array, tuple]:
+    h0 = _state_before(backend, a, x)
+    h = _scan(backend, a, x, h0)
+    return h, (a, h, h0)
+
+
+def _scan_of_shards_backward(backend: str, saved: tuple, g: Array) -> tuple[Array, Array]:
+    """As `_scan_backward`, with time and the order of the devices reversed."""
+    a, h, h0 = saved
+    n = jax.lax.axis_size(SEQUENCE)
+    # The decay behind this shard's last token is the next one's first; the last device gets 0.
+    behind = jax.lax.ppermute(a[:, :1], SEQUENCE, [(i + 1, i) for i in range(n - 1)])
+    next_a = jnp.flip(jnp.concatenate([a[:, 1:], behind], axis=1), 1)
+    g = jnp.flip(g, 1)
+    adjoint = jnp.flip(_scan(backend, next_a, g, _state_before(
+        backend, next_a, g, reverse=True)), 1)
+    previous_h = jnp.concatenate([h0[:, None], h[:, :-1]], axis=1)
+    return adjoint * previous_h, adjoint
+
+
+_scan_of_shards.defvjp(_scan_of_shards_forward, _scan_of_shards_backward)
+
+
+def _state_before(backend: str, a: Array, x: Array, *, reverse: bool = False) -> Array:
+    """The state that this device's first token finds, from all devices before it (B,E)."""
+    last = _BACKENDS[backend](a, x)[:, -1]
+    shards = jax.lax.all_gather((jnp.prod(a, axis=1), last), SEQUENCE)
+
+    def across(h0: Array, shard: tuple[Array, Array]) -> tuple[Array, Array]:
+        return shard[0] * h0 + shard[1], h0
+
+    _, h0 = jax.lax.scan(across, jnp.zeros_like(last), shards, reverse=reverse)
+    return h0[jax.lax.axis_index(SEQUENCE)]
 
 
 def _sequential(a: Array, x: Array) -> Array:

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -31,6 +32,19 @@ class RunFolder:
     """The places in a run folder."""
 
     path: Path
+
+    @staticmethod
+    def at(place: str | Path) -> RunFolder:
+        """The run folder at a place that a person named.
+
+        Raises:
+          ConfigError: a URL, such as gs://…: a run needs a file system (docs/distributed.md).
+        """
+        if match := re.match(r"([a-z][a-z0-9+.-]*):/", str(place)):
+            raise ConfigError(
+                f"the run folder {place} is not on a file system ({match[1]}://)",
+                "train into a mounted or local folder and copy it; docs/distributed.md says how")
+        return RunFolder(Path(place))
 
     @property
     def config(self) -> Path:

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from hippocampus import __version__, distributed
 from hippocampus.config import Config
 from hippocampus.config_files import fields, read_json, to_json
 from hippocampus.data.batches import Batch
@@ -26,8 +27,8 @@ from hippocampus.devices import resolve
 from hippocampus.errors import ConfigError, Stopped
 from hippocampus.evaluation.evaluate import Evaluation, evaluate
 from hippocampus.files import write_atomically
-from hippocampus.generation.language_model import LanguageModel, load
-from hippocampus.models.build_model import build_model, count_parameters
+from hippocampus.generation.language_model import LanguageModel
+from hippocampus.models.build_model import build_model, count_parameters, parameter_shapes
 from hippocampus.runs.checkpoints import Checkpoints
 from hippocampus.runs.run_folder import RunFolder, RunLock, cut_metrics, environment
 from hippocampus.training import sharding
@@ -68,9 +69,9 @@ class Run:
     pending: tuple[int, dict[str, jax.Array]] | None = None
     best_loss: float = field(default=float("inf"))
 
-    def place(self, batch: Any) -> Any:
-        """A batch on the mesh."""
-        return sharding.to_devices(batch, sharding.batch_sharding(self.mesh))
+    def place(self, batch: Any, rows: slice | None = None) -> Any:
+        """A batch on the mesh; of a training batch this process may have read only its rows."""
+        return sharding.to_devices(batch, self.mesh, rows, self.config.train.batch_size)
 
 
 def fit(config: Config, workdir: str | Path | None = None) -> Path:
@@ -88,39 +89,54 @@ def fit(config: Config, workdir: str | Path | None = None) -> Path:
       DataError: nothing usable to read; nothing is written.
       Stopped: by SIGTERM or SIGINT, with everything saved.
     """
-    folder = RunFolder(Path(workdir or Path("checkpoints") / config.name))
-    folder.check_usable()
+    folder = RunFolder.at(workdir or Path("checkpoints") / config.name)
+    first = distributed.is_first()  # the one process that writes and prints
+    if first:
+        folder.check_usable()
     resolve(config)  # refuses what this device lacks before anything is read
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(mesh, config.train.batch_size, "train.batch_size",
                          config.train.grad_accumulation)
     sharding.check_batch(mesh, config.eval.batch_size, "eval.batch_size")
+    distributed.check_same({
+        "hippocampus": __version__, "jax": jax.__version__, "workdir": str(folder.path),
+        "local devices": len(jax.local_devices()), **fields(config)})
     data = read_data(config)
+    distributed.check_same(json.loads(data.record()))
     config, automatic = resolve(dataclasses.replace(config, model=dataclasses.replace(
         config.model, vocab_size=data.tokenizer.vocab_size)))
     model = build_model(config)
 
-    console = RunConsole(config.train.steps, quiet=jax.process_index() > 0)
-    lock = RunLock(folder)
+    console = RunConsole(config.train.steps, quiet=not first)
+    lock = RunLock(folder) if first else None
     try:
-        if folder.is_run():
-            for line in check_resumable(folder, config, automatic):
-                console.say(line)
-            data.check_same_as(folder)
-        else:
-            data.tokenizer.save(folder.tokenizer)
-            write_atomically(folder.data, data.record())
-        write_atomically(folder.environment, _json(environment()))
-        write_atomically(folder.config, to_json(config, automatic))  # last: it marks a run
+        if first:
+            _open_folder(folder, config, automatic, data, console)
+        distributed.barrier()
         _greet(console, config, folder, data, model)
         with Checkpoints(folder.steps, config.checkpoint) as checkpoints:
             trained = _train(config, folder, data, model, mesh, console, checkpoints)
-        if trained or not folder.results.exists():
-            _conclude(console, config, folder, data)
+            if trained or not distributed.from_first(folder.results.exists()):
+                _conclude(console, config, folder, data, model, mesh, checkpoints)
     finally:
         console.stop()
-        lock.release()
+        if lock is not None:
+            lock.release()
     return folder.path
+
+
+def _open_folder(folder: RunFolder, config: Config, automatic: tuple[str, ...],
+                 data: TrainingData, console: RunConsole) -> None:
+    """Checks that a run can go on, or begins one; config.json marks it and is written last."""
+    if folder.is_run():
+        for line in check_resumable(folder, config, automatic):
+            console.say(line)
+        data.check_same_as(folder)
+    else:
+        data.tokenizer.save(folder.tokenizer)
+        write_atomically(folder.data, data.record())
+    write_atomically(folder.environment, _json(environment()))
+    write_atomically(folder.config, to_json(config, automatic))
 
 
 def check_resumable(folder: RunFolder, config: Config, automatic: tuple[str, ...]) -> list[str]:
@@ -154,7 +170,7 @@ def _train(config: Config, folder: RunFolder, data: TrainingData, model: Any, me
     """From the newest checkpoint, or the seed, to the last step; False if that was reached."""
     optimizer = build_optimizer(config.optimizer, config.train.steps)
     first_state, like, shardings = sharded_init(model, optimizer, config, mesh)
-    done = checkpoints.latest or 0
+    done = distributed.from_first(checkpoints.latest or 0)
     if done >= config.train.steps:
         console.say(f"this run is finished ({done} steps); raise train.steps to go on")
         return False
@@ -163,16 +179,19 @@ def _train(config: Config, folder: RunFolder, data: TrainingData, model: Any, me
         console.say(f"going on from step {done}")
     else:
         state = first_state()
-    cut_metrics(folder.metrics, done)
-    folder.results.unlink(missing_ok=True)  # of an earlier, shorter run
-    trackers: list[Tracker] = [JsonLines(folder.metrics), TensorBoard(folder.path, done + 1)]
-    if config.log.wandb_project:
-        trackers.append(WeightsAndBiases(config.log.wandb_project, folder, fields(config)))
+    trackers: list[Tracker] = []
+    if distributed.is_first():
+        cut_metrics(folder.metrics, done)
+        folder.results.unlink(missing_ok=True)  # of an earlier, shorter run
+        trackers = [JsonLines(folder.metrics), TensorBoard(folder.path, done + 1)]
+        if config.log.wandb_project:
+            trackers.append(WeightsAndBiases(config.log.wandb_project, folder, fields(config)))
     run = Run(config, folder, data, model, mesh,
               jit_train_step(train_step(model, optimizer, config), mesh, shardings), console,
               Trackers(trackers), checkpoints, Clock(config, len(jax.devices())))
-    run.best_loss = min((loss for loss in checkpoints.losses().values() if loss is not None),
-                        default=float("inf"))
+    run.best_loss = distributed.from_first(min(
+        (loss for loss in checkpoints.losses().values() if loss is not None),
+        default=float("inf")))
     console.say("compiling the training step (10 to 60 seconds, once) …")
     console.start(done)
     try:
@@ -186,13 +205,14 @@ def _train(config: Config, folder: RunFolder, data: TrainingData, model: Any, me
 def _loop(run: Run, state: TrainState, done: int, stop: StopSignal) -> None:
     """Steps `done` to the end. The device always has the next step before numbers are fetched."""
     config, batches = run.config, run.data.batches(run.config)
+    rows = sharding.process_rows(run.mesh, config.train.batch_size)
     for step in range(done, config.train.steps):
-        state, metrics = run.step_function(state, run.place(batches.batch(step)))
+        state, metrics = run.step_function(state, run.place(batches.batch(step, rows), rows))
         _write_pending(run)
         n, last = step + 1, step + 1 == config.train.steps
         if _due(n, config.log.every_steps) or last or step == 0:
             run.pending = (n, metrics)
-        interrupted = stop.received is not None
+        interrupted = stop.after(n)
         eval_loss = None
         if _due(n, config.eval.every_steps) or last:
             _write_pending(run)
@@ -200,7 +220,7 @@ def _loop(run: Run, state: TrainState, done: int, stop: StopSignal) -> None:
                 eval_loss = _evaluate(run, state, n)
         if _due(n, config.log.histogram_every_steps):
             with run.clock.paused():
-                _draw(run, state, n, batches.batch(step))
+                _draw(run, state, n, run.place(batches.batch(step, rows), rows))
         if _due(n, config.sample.every_steps) and not last:  # the end has a sample of its own
             with run.clock.paused():
                 _sample(run, state, n)
@@ -212,8 +232,7 @@ def _loop(run: Run, state: TrainState, done: int, stop: StopSignal) -> None:
             run.best_loss = eval_loss if better and eval_loss is not None else run.best_loss
         if interrupted:
             run.checkpoints.wait()
-            assert stop.received is not None
-            raise Stopped(f"{stop.received.name} at step {n}: everything is saved",
+            raise Stopped(f"{interrupted.name} at step {n}: everything is saved",
                           "start the same command again to go on")
     _write_pending(run)
 
@@ -232,9 +251,10 @@ def _write_pending(run: Run) -> None:
 def _evaluate(run: Run, state: TrainState, step: int) -> float:
     """Scores the validation split with raw and averaged weights; returns eval/loss."""
     windows = run.data.windows(run.config, run.config.eval.max_windows)
-    values = _eval_values("eval", {
-        name: evaluate(run.model, params, windows, run.data.bytes_per_token, run.place)
-        for name, params in (("raw", state.params), ("ema", state.ema)) if params})
+    with sharding.around(run.mesh):
+        values = _eval_values("eval", {
+            name: evaluate(run.model, params, windows, run.data.bytes_per_token, run.place)
+            for name, params in (("raw", state.params), ("ema", state.ema)) if params})
     run.trackers.scalars(step, values)
     raw = f" (raw weights {values['eval/loss_raw']:.4f})" if state.ema else ""
     run.console.say(f"step {step}: validation loss {values['eval/loss']:.4f}{raw}, "
@@ -254,9 +274,10 @@ def _eval_values(prefix: str, scored: Mapping[str, Evaluation]) -> dict[str, flo
 
 
 def _draw(run: Run, state: TrainState, step: int, batch: Batch) -> None:
-    """Writes histograms of what the model did on a batch."""
-    values = _distributions(run.model, state.params, run.place(batch))
-    for name, array in jax.device_get(values).items():
+    """Writes histograms of what the model did on a batch, which lies on the mesh."""
+    with sharding.around(run.mesh):
+        values = _distributions(run.model, state.params, batch)
+    for name, array in sharding.to_host(values, run.mesh).items():
         run.trackers.histogram(step, name, array.ravel())
 
 
@@ -268,7 +289,9 @@ def _distributions(model: Any, params: Any, batch: Batch) -> dict[str, jax.Array
 
 def _sample(run: Run, state: TrainState, step: int) -> None:
     """Writes a text with the averaged weights."""
-    params = jax.device_put(state.ema or state.params, jax.devices()[0])
+    params = sharding.to_one_device(state.ema or state.params, run.mesh)
+    if not distributed.is_first():
+        return
     lm = LanguageModel(run.model, params, run.data.tokenizer, run.config)
     text = _generate(lm, run.config)
     run.folder.samples.mkdir(exist_ok=True)
@@ -294,14 +317,29 @@ def _greet(console: RunConsole, config: Config, folder: RunFolder, data: Trainin
                 f"vocabulary {data.tokenizer.vocab_size}), sha256 {data.corpus.sha256[:16]}")
 
 
-def _conclude(console: RunConsole, config: Config, folder: RunFolder, data: TrainingData) -> None:
+def _conclude(console: RunConsole, config: Config, folder: RunFolder, data: TrainingData,
+              model: Any, mesh: Mesh, checkpoints: Checkpoints) -> None:
     """The best checkpoint against the n-gram lines, a text from it, and what to type next."""
     console.stop()
-    best = load(folder.path)
-    raw = load(folder.path, weights="raw", step=best.step)
-    windows = data.windows(config, 0)
-    scored = {name: evaluate(lm.model, lm.params, windows, data.bytes_per_token)
-              for name, lm in (("raw", raw), ("ema", best)) if name == "raw" or config.ema.decay}
+    checkpoints.wait()
+    step = distributed.from_first(checkpoints.best)
+    shapes = parameter_shapes(model)
+    like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes,
+                        sharding.tree_shardings(mesh, shapes, config.mesh.rules))
+    trees = {"raw": "params", **({"ema": "ema"} if config.ema.decay else {})}
+    windows, scored = data.windows(config, 0), {}
+
+    def place(batch: Any) -> Any:
+        return sharding.to_devices(batch, mesh)
+
+    for name, tree in trees.items():  # the last one is the one that counts
+        params = checkpoints.restore(step, {tree: like})[tree]
+        with sharding.around(mesh):
+            scored[name] = evaluate(model, params, windows, data.bytes_per_token, place)
+    params = sharding.to_one_device(params, mesh)
+    if not distributed.is_first():
+        return
+    best = LanguageModel(model, params, data.tokenizer, config, step)
     values = _eval_values("final", scored)
     rows = [[name, f"{nats:.4f}", f"{nats / (np.log(2) * data.bytes_per_token):.4f}"]
             for name, nats in data.lines().items()]

@@ -1,13 +1,22 @@
 """Where arrays lie: the mesh, and rules (regular expression -> axes) as data.
 
 The step is one `jax.jit` over an Auto mesh (what pjit and pmap are called today): the model has
-no word of sharding in it, and XLA inserts the collectives.
+no word of sharding in it, and XLA inserts the collectives. Ops that have to know the mesh find it
+around them (hippocampus.ops.placement), where `on_mesh` puts it.
+
+    data      rows of the batch
+    fsdp      rows of the batch, and parameters with their optimizer state
+    tensor    heads and widths, of parameters and activations
+    sequence  tokens of every row
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -19,14 +28,23 @@ from hippocampus.training.optimizer import path_name
 
 BATCH_AXES = ("data", "fsdp")
 
+Function = TypeVar("Function", bound=Callable)
+
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """The mesh over all devices.
+    """The mesh over all devices of all processes.
 
     Raises:
-      ConfigError: the axes do not multiply to the number of devices.
+      ConfigError: it is not the number of devices that `mesh.devices` expects, or the axes do not
+        multiply to it.
     """
     devices = devices if devices is not None else jax.devices()
+    if config.devices and config.devices != len(devices):
+        raise ConfigError(
+            f"{config.devices} devices are expected, but JAX sees {len(devices)} "
+            f"({devices[0].device_kind}, {jax.process_count()} processes)",
+            "start every process, and check the accelerator with python -m hippocampus.doctor; "
+            "or set --expect_devices / mesh.devices to what is there")
     fixed = config.fsdp * config.tensor * config.sequence
     data = len(devices) // fixed if config.data == -1 else config.data
     sizes = (data, config.fsdp, config.tensor, config.sequence)
@@ -77,16 +95,21 @@ def tree_shardings(mesh: Mesh, tree: Any, rules: tuple[tuple[str, str], ...]) ->
 
 def _partition(mesh: Mesh, shape: tuple[int, ...], axes: list[str]) -> PartitionSpec:
     whole = [None] * (len(shape) - len(axes))
-    parts = []
-    for size, axis in zip(shape[len(whole):], axes, strict=True):
-        axis = axis.strip()
-        parts.append(axis if axis != "-" and size % mesh.shape[axis] == 0 else None)
+    parts: list[tuple[str, ...] | str | None] = []
+    for size, names in zip(shape[len(whole):], axes, strict=True):
+        taken: list[str] = []
+        ways = 1
+        for axis in (name.strip() for name in names.split("+")):
+            if axis != "-" and size % (ways * mesh.shape[axis]) == 0:
+                taken.append(axis)
+                ways *= mesh.shape[axis]
+        parts.append(tuple(taken) if len(taken) > 1 else taken[0] if taken else None)
     return PartitionSpec(*whole, *parts)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the data and fsdp axes."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+def batch_sharding(mesh: Mesh, n_dimensions: int = 2) -> NamedSharding:
+    """Rows over the data and fsdp axes, and tokens, where there are any, over the sequence axis."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, *("sequence",)[:n_dimensions - 1]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -94,6 +117,69 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def to_devices(batch: Any, sharding: NamedSharding) -> Any:
-    """A batch of global numpy arrays as sharded device arrays."""
-    return jax.tree.map(lambda array: jax.device_put(array, sharding), batch)
+def process_rows(mesh: Mesh, batch_size: int) -> slice:
+    """The rows of a global batch that this process's devices need: all that it has to read."""
+    rows = [index[0].indices(batch_size) for index in
+            batch_sharding(mesh, 1).addressable_devices_indices_map((batch_size,)).values()]
+    return slice(min(first for first, _, _ in rows), max(stop for _, stop, _ in rows))
+
+
+def to_devices(batch: Any, mesh: Mesh, rows: slice | None = None,
+               batch_size: int | None = None) -> Any:
+    """A batch of numpy arrays as global device arrays.
+
+    Args:
+      batch: global arrays, or only this process's rows of them.
+      mesh: where to.
+      rows: which rows `batch` holds (from `process_rows`); None: all.
+      batch_size: rows of the global batch; needed with `rows`.
+    """
+    first = rows.start if rows else 0
+
+    def place(array: np.ndarray) -> jax.Array:
+        sharding = batch_sharding(mesh, array.ndim)
+        if jax.process_count() == 1:
+            return jax.device_put(array, sharding)
+        shape = (batch_size or len(array), *array.shape[1:])
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(shape[0])
+            return array[(slice(start - first, stop - first), *index[1:])]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return jax.tree.map(place, batch)
+
+
+def on_mesh(function: Function, mesh: Mesh) -> Function:
+    """The function with the mesh around what it computes, for ops to see; to be jitted."""
+    @functools.wraps(function)
+    def placed(*args: Any, **kwargs: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return placed  # type: ignore[return-value]
+
+
+def around(mesh: Mesh) -> contextlib.AbstractContextManager:
+    """A context in which functions jitted elsewhere see the mesh, if it has several devices."""
+    return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
+
+
+def to_host(tree: Any, mesh: Mesh) -> Any:
+    """Whole numpy arrays of a tree that may lie on the devices of several processes.
+
+    Every process has to call it. Arrays travel one by one, so that no device holds a second copy
+    of the whole tree.
+    """
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    gather = jax.jit(lambda array: array, out_shardings=replicated(mesh))
+    return jax.tree.map(lambda array: np.asarray(gather(array).addressable_data(0)), tree)
+
+
+def to_one_device(tree: Any, mesh: Mesh) -> Any:
+    """A tree on this process's first device, for what is not spread; every process calls it."""
+    if jax.process_count() > 1:
+        tree = to_host(tree, mesh)
+    return jax.device_put(tree, jax.local_devices()[0])

@@ -76,7 +76,7 @@ def train_step(model: Any, optimizer: optax.GradientTransformation, config: Conf
 
 def jit_train_step(step: TrainStep, mesh: Mesh, state_shardings: Any) -> TrainStep:
     """The step compiled for a mesh; the old state's buffers become the new state's."""
-    return jax.jit(step, donate_argnums=0,
+    return jax.jit(sharding.on_mesh(step, mesh), donate_argnums=0,
                    out_shardings=(state_shardings, sharding.replicated(mesh)))
 
 

@@ -28,9 +28,9 @@ from hippocampus.training import loop
 from hippocampus.train import main
 from hippocampus.verbs import run_verb
 place = loop.Run.place
-def slowly(self, batch):
+def slowly(self, *batch):
     time.sleep(0.1)
-    return place(self, batch)
+    return place(self, *batch)
 loop.Run.place = slowly
 run_verb(main)
 """

@@ -1,0 +1,19 @@
+"""Looking rows of a table up, on one device or a table that is spread over many."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float, Int
+
+from hippocampus.ops import placement
+
+
+def embed(table_VD: Float[Array, "V D"], ids_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """table[ids].
+
+    Under a mesh the rows of the table stay spread over the tensor axis, and its columns are
+    gathered from the fsdp axis, as a matrix's are before its product. Left to itself XLA spreads
+    the looked-up vectors like the columns and then copies all of them to every device to get
+    them back into rows of the batch.
+    """
+    table_VD = placement.constrain(table_VD, "tensor", None)
+    return placement.constrain(table_VD[ids_BT], "batch", placement.SEQUENCE, None)
