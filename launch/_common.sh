@@ -79,6 +79,16 @@ has_flag() { # --NAME ARGUMENT...
   return 1
 }
 
+# How many devices JAX sees on a whole TPU slice; nothing for a type that is not known here.
+devices_of() { # TYPE
+  local size=${1#*-}
+  case $size in '' | *[!0-9]*) return ;; esac
+  case $1 in
+    v2-* | v3-* | v5litepod-* | v6e-*) echo "$size" ;;
+    v4-* | v5p-*) echo $((size / 2)) ;; # named by cores, two of which are one device
+  esac
+}
+
 # --- Exit codes ----------------------------------------------------------------------------------
 
 # What an exit code asks for: done, never (the same command would fail again), again (it was stopped

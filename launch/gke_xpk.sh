@@ -101,9 +101,13 @@ start_workload() { # VERB FLAGS...
   need_number --slices "$slices"
   need_number --nodes "$nodes"
   need_number --max_restarts "$max_restarts"
-  local devices=()
+  local devices=() chips
   case ${tpu:+tpu}${gpu:+gpu} in
-    tpu) devices=("--tpu-type=$tpu" "--num-slices=$slices") ;;
+    tpu)
+      devices=("--tpu-type=$tpu" "--num-slices=$slices")
+      chips=$(devices_of "$tpu")
+      [ -z "$chips" ] || variables+=("--env=HIPPOCAMPUS_EXPECT_DEVICES=$((slices * chips))")
+      ;;
     gpu) devices=("--device-type=$gpu" "--num-nodes=$nodes") ;;
     *) die 64 "give one of --tpu=TYPE and --gpu=TYPE" "such as --tpu=v5litepod-16" ;;
   esac

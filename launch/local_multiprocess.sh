@@ -144,7 +144,6 @@ while [ "$running" -gt 0 ]; do
       running=$((running - 1))
       # What ends because it was told to, after another had failed, says nothing of its own.
       [ -n "$killed" ] || counted+=("${codes[i]}")
-      case ${codes[i]} in 0 | 75) ;; *) [ -n "$killed" ] || say "process $i ended with ${codes[i]}" ;; esac
     fi
   done
   [ "$running" -gt 0 ] || break
@@ -154,6 +153,7 @@ while [ "$running" -gt 0 ]; do
     'done' | again) : "${deadline:=$((SECONDS + grace))}" ;;
     *)
       if [ -z "$killed" ]; then
+        [ "$running" = 0 ] || say "a process has failed; the others are told to end"
         killed=yes deadline=$((SECONDS + 10))
         signal_running TERM
       fi
@@ -170,10 +170,13 @@ code=$(combined_code "${counted[@]}")
 case $code in
   0 | 75) rm -rf "$logs" ;;
   *)
+    said=''
     for ((i = 1; i < processes; i++)); do
-      if [ "${codes[i]}" != 0 ] && [ -s "$logs/process-$i.log" ]; then
+      words=$(tail -n 5 "$logs/process-$i.log")
+      if [ "${codes[i]}" != 0 ] && [ -n "$words" ] && [ "$words" != "$said" ]; then
         say "process $i ended with ${codes[i]}; its last lines, of $logs/process-$i.log:"
-        tail -n 5 "$logs/process-$i.log" | sed 's/^/  /' >&2
+        printf '%s\n' "$words" | sed 's/^/  /' >&2
+        said=$words
       fi
     done
     ;;

@@ -50,7 +50,11 @@ case $accel in
   *) die 64 "--accel is '$accel'" "one of tpu, cuda12, cuda13" ;;
 esac
 case $gpus:$accel in
-  tpu-*:tpu) ;;
+  tpu-*:tpu)
+    type=${gpus#tpu-}
+    chips=$(devices_of "${type%%:*}")
+    [ -z "$chips" ] || variables+=("--env=HIPPOCAMPUS_EXPECT_DEVICES=$((nodes * chips))")
+    ;;
   tpu-*) die 64 "--gpus=$gpus needs --accel=tpu" "give both" ;;
   *:tpu) die 64 "--accel=tpu needs a TPU type" "such as --gpus=tpu-v5litepod-8" ;;
 esac
@@ -61,8 +65,9 @@ job=launch/skypilot.yaml
 if [ -n "$bucket" ]; then
   # The place of a mount cannot be a variable: a copy of the job gets it.
   if [ -z "$dry_run" ]; then
-    job=$(mktemp "${TMPDIR:-/tmp}/hippocampus.XXXXXX.yaml")
-    trap 'rm -f "$job"' EXIT
+    folder=$(mktemp -d "${TMPDIR:-/tmp}/hippocampus.XXXXXX")
+    trap 'rm -rf "$folder"' EXIT
+    job=$folder/skypilot.yaml
     cat launch/skypilot.yaml >"$job"
     printf '\nfile_mounts:\n  /runs:\n    source: "%s"\n    mode: MOUNT_CACHED\n' "$bucket" >>"$job"
   fi

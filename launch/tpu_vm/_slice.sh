@@ -18,16 +18,6 @@ image_of() { # TYPE
   esac
 }
 
-# How many devices JAX sees on a whole slice; nothing for a type that is not known here.
-devices_of() { # TYPE
-  local size=${1#*-}
-  case $size in '' | *[!0-9]*) return ;; esac
-  case $1 in
-    v2-* | v3-* | v5litepod-* | v6e-*) echo "$size" ;;
-    v4-* | v5p-*) echo $((size / 2)) ;; # named by cores, two of which are one device
-  esac
-}
-
 create_slice() {
   local image=${version:-$(image_of "$type")}
   if [ -n "$queued" ]; then
