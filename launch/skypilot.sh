@@ -69,7 +69,9 @@ if [ -n "$bucket" ]; then
     trap 'rm -rf "$folder"' EXIT
     job=$folder/skypilot.yaml
     cat launch/skypilot.yaml >"$job"
-    printf '\nfile_mounts:\n  /runs:\n    source: "%s"\n    mode: MOUNT_CACHED\n' "$bucket" >>"$job"
+    # What is cached on one node is not seen by the others for a while.
+    if [ "$nodes" = 1 ]; then mode=MOUNT_CACHED; else mode=MOUNT; fi
+    printf '\nfile_mounts:\n  /runs:\n    source: "%s"\n    mode: %s\n' "$bucket" "$mode" >>"$job"
   fi
 elif [ "$1" = train ]; then
   say "note: without --bucket a machine that is taken back takes the run folder with it"

@@ -37,10 +37,10 @@ babysit() { # VERB FLAGS...
 warn_of_lost_disks() { # VERB FLAGS...
   local argument
   for argument in "$@"; do
-    case $argument in --workdir=gs://* | --workdir=/*) return ;; esac
+    case $argument in --workdir=/*) return ;; esac
   done
   say "note: the run folder lies on the slice and goes with it: the next slice starts from scratch;"
-  say "      give --workdir in a bucket or on a mounted disk to go on"
+  say "      with --bucket=BUCKET and --workdir=/mnt/runs/NAME it goes on"
 }
 
 # Says something once, when it changes.

@@ -129,7 +129,8 @@ set_up_slice() {
 
 setup_command() {
   local fresh='mkdir -p hippocampus && rm -rf hippocampus/hippocampus hippocampus/configs'
-  printf '%s && tar -xzf hippocampus.tar.gz -C hippocampus && %s' "$fresh" "$(worker_command setup)"
+  printf '%s && tar -xzf hippocampus.tar.gz -C hippocampus && %s' "$fresh" \
+    "$(worker_command setup ${bucket:+"$bucket"})"
 }
 
 start_run() { # VERB FLAGS...

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What launch/tpu_vm/tpu_vm.sh does on each worker of a slice; the run outlives the connection.
 #
-#   _worker.sh setup               Python 3.11 or newer, then the packages with '.[tpu]'
+#   _worker.sh setup [BUCKET]      Python 3.11 or newer, the packages with '.[tpu]', the bucket
 #   _worker.sh start VERB FLAGS    starts a run and returns
 #   _worker.sh call VERB FLAGS     runs a verb to its end, on the terminal
 #   _worker.sh status              prints: hippocampus: HOST none|running|ended CODE|stopped CODE
@@ -9,11 +9,12 @@
 #   _worker.sh stop SECONDS        asks the run to save and end, and says so in its status
 #   _worker.sh clear               ends what is left of a run, to make room for the next
 #
-# Files, in ~/hippocampus-run: log, pid, exit_code, stopped.
+# Files, in ~/hippocampus-run: log, pid, exit_code, stopped, python, bucket.
 set -euo pipefail
 here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 cd -- "$here/../.."
 state=$HOME/hippocampus-run
+runs=${HIPPOCAMPUS_RUNS:-/mnt/runs} # where a bucket is mounted
 PATH=$HOME/.local/bin:$PATH # where pip puts uv
 . launch/_common.sh
 export HIPPOCAMPUS_ACCEL=${HIPPOCAMPUS_ACCEL:-tpu}
@@ -53,12 +54,39 @@ use_environment() {
   ready_python
 }
 
-setup() {
+setup() { # [BUCKET]
+  rm -f "$state/bucket"
+  if [ -n "${1:-}" ]; then printf '%s\n' "${1#gs://}" >"$state/bucket"; fi
+  mount_bucket
   if [ -z "${HIPPOCAMPUS_READY_PYTHON:-}" ]; then remember_python; fi
   use_environment
   # pip gives a CPU-only jax where a wheel of libtpu does not fit, and says nothing.
   "$python" -c 'from importlib.metadata import version as v; print("jax", v("jax"), "libtpu", v("libtpu"))' ||
     die 69 "the environment has no libtpu" "see .venv.setup.log on the worker"
+}
+
+# A run folder needs a file system, and one that the next slice still has. Mounted again at every
+# start: a machine that was restarted has lost the mount.
+mount_bucket() {
+  if [ ! -f "$state/bucket" ] || grep -q " $runs " /proc/mounts; then return; fi
+  command -v gcsfuse >/dev/null || install_gcsfuse >"$state/gcsfuse.log" 2>&1 ||
+    die 69 "gcsfuse, which mounts the bucket, could not be installed" "see $state/gcsfuse.log"
+  sudo mkdir -p "$runs"
+  sudo chown "$(id -u)" "$runs"
+  # No cached metadata: a worker must see at once what the others have written of a checkpoint.
+  gcsfuse --implicit-dirs --rename-dir-limit=100000 --metadata-cache-ttl-secs=0 \
+    "$(cat "$state/bucket")" "$runs" >>"$state/gcsfuse.log" 2>&1 ||
+    die 69 "the bucket $(cat "$state/bucket") could not be mounted" "see $state/gcsfuse.log"
+}
+
+install_gcsfuse() {
+  local key=/usr/share/keyrings/cloud.google.asc url=https://packages.cloud.google.com/apt
+  curl -fsS "$url/doc/apt-key.gpg" | sudo tee "$key" >/dev/null
+  echo "deb [signed-by=$key] $url gcsfuse-$(lsb_release -c -s) main" |
+    sudo tee /etc/apt/sources.list.d/gcsfuse.list
+  # A fresh image updates itself first, and holds the lock of apt meanwhile.
+  sudo apt-get -o DPkg::Lock::Timeout=300 update
+  sudo apt-get -o DPkg::Lock::Timeout=300 install --yes gcsfuse
 }
 
 # --- The run -------------------------------------------------------------------------------------
@@ -74,6 +102,7 @@ is_running() {
 start() { # VERB FLAGS...
   if is_running; then die 64 "a run is going on here" "tpu_vm.sh stop, or wait for it"; fi
   use_environment
+  mount_bucket
   rm -f "$state/pid" "$state/exit_code" "$state/stopped"
   local detach=(nohup)
   if command -v setsid >/dev/null; then detach+=(setsid); fi
@@ -134,10 +163,11 @@ end_run() { # SIGNAL SECONDS
 action=${1:-}
 [ $# = 0 ] || shift
 case $action in
-  setup) setup ;;
+  setup) setup "${1:-}" ;;
   start) start "$@" ;;
   call)
     use_environment
+    mount_bucket
     verb=$1
     shift
     exec "$python" -m "hippocampus.$verb" "$@"

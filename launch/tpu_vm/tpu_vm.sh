@@ -9,7 +9,7 @@
 #       train --config=configs/quickstart.py
 #   launch/tpu_vm/tpu_vm.sh logs    --name=demo --zone=us-central2-b --follow
 #   launch/tpu_vm/tpu_vm.sh babysit --name=demo --zone=us-central2-b --type=v4-8 --spot \
-#       train --config=configs/quickstart.py --workdir=/mnt/runs/demo
+#       --bucket=mine train --config=configs/quickstart.py --workdir=/mnt/runs/demo
 #
 # Actions:
 #   create    makes the slice
@@ -31,6 +31,8 @@
 #   --spot                 cheaper, and may be taken back at any time
 #   --queued               as a queued resource: waits in line for the slice
 #   --create_flag=FLAG     another flag for create, such as --create_flag=--network=mine (repeatable)
+#   --bucket=BUCKET        setup mounts it at /mnt/runs on every worker: what lies there stays when
+#                          the slice goes; give a run --workdir=/mnt/runs/NAME
 #   --env=NAME=VALUE       a variable for the run (repeatable)
 #   --internal             connect over the internal addresses
 #   --worker=W --lines=N --follow      for logs
@@ -48,7 +50,7 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.."
 
 # --- Arguments -----------------------------------------------------------------------------------
 
-name='' zone='' project='' type='' version='' spot='' queued='' internal=''
+name='' zone='' project='' type='' version='' spot='' queued='' internal='' bucket=''
 worker=0 lines=50 follow='' grace=120 poll=60 max_failures=5
 create_flags=() variables=()
 
@@ -72,6 +74,7 @@ while [ $# -gt 0 ]; do
     --spot) spot=yes ;;
     --queued) queued=yes ;;
     --internal) internal=yes ;;
+    --bucket=*) bucket=${1#*=} ;;
     --create_flag=*) create_flags+=("${1#*=}") ;;
     --env=*=*) variables+=("${1#*=}") ;;
     --worker=*) worker=${1#*=} ;;

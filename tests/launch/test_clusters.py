@@ -148,14 +148,14 @@ def test_launching_the_job(launchers):
         "--region=r", "launch/skypilot.yaml"]]
 
 
-def test_a_bucket_is_mounted_where_runs_go(launchers):
+@pytest.mark.parametrize(("nodes", "mode"), [(1, "MOUNT_CACHED"), (2, "MOUNT")])
+def test_a_bucket_is_mounted_where_runs_go(launchers, nodes, mode):
     kept = launchers.base / "kept.yaml"
     launchers.program("sky", f'#!/usr/bin/env bash\ncp "${{@: -1}}" "{kept}"\n')
-    done = launchers.run("skypilot.sh", "--bucket=gs://mine/runs", *TRAIN)
+    done = launchers.run("skypilot.sh", "--bucket=gs://mine/runs", f"--nodes={nodes}", *TRAIN)
     assert done.returncode == 0, done.stderr
     task = job(kept.read_text())
-    assert task.pop("file_mounts") == {"/runs": {"source": "gs://mine/runs",
-                                                 "mode": "MOUNT_CACHED"}}
+    assert task.pop("file_mounts") == {"/runs": {"source": "gs://mine/runs", "mode": mode}}
     assert task == job()
     assert not list(launchers.base.glob("hippocampus.*"))
 

@@ -12,7 +12,7 @@ from fake_tools import FAKE_TOOL, ROOT, Launchers, read_words
 
 SLICE = ("--name=demo", "--zone=us-z", "--project=p")
 TAIL = ["--zone=us-z", "--project=p"]
-TRAIN = ("train", "--config=x.py", "--workdir=gs://b/run", "--say=it's two words")
+TRAIN = ("train", "--config=x.py", "--workdir=/mnt/runs/a", "--say=it's two words")
 STARTED = ["start", *TRAIN, "--expect_devices=4"]
 BABYSIT = ("tpu_vm/tpu_vm.sh", "babysit", *SLICE, "--type=v4-8", "--spot", *TRAIN)
 KINDS = {"describe": "gcloud *describe*", "create": "gcloud * create *",
@@ -94,6 +94,11 @@ def test_setup_copies_to_every_worker_and_installs_there(launchers):
     assert install[3:7] == ["tpu-vm", "ssh", "demo", "--worker=all"]
     assert sent(install) == ["setup"]
     assert not Path(copy[5]).exists()  # the archive was made for this
+
+
+def test_setup_hands_the_bucket_on(launchers):
+    launchers.run("tpu_vm/tpu_vm.sh", "setup", *SLICE, "--bucket=gs://my-runs")
+    assert sent(launchers.calls()[1]) == ["setup", "gs://my-runs"]
 
 
 def test_what_git_ignores_and_what_is_gone_is_not_copied(launchers):
@@ -316,6 +321,7 @@ def test_a_run_folder_on_the_slice_is_warned_of(launchers):
 
 PROGRAM = r"""#!/usr/bin/env bash
 printf '%s\x1f' python "$@" >>"$FAKE_LOG"; printf '\x1e' >>"$FAKE_LOG"
+if [ "$1" = -c ]; then exit 0; fi
 trap 'echo "saved after TERM"; exit 75' TERM
 echo "at work"
 if [ -n "${FAKE_CODE:-}" ]; then exit "$FAKE_CODE"; fi
@@ -373,6 +379,40 @@ def test_a_run_that_vanished_without_a_note_has_ended(worker):
     os.kill(parent, signal.SIGKILL)
     os.kill(pid, signal.SIGKILL)
     wait_for(worker, ["ended", "137"])
+
+
+@pytest.fixture
+def mounting(worker):
+    worker.tools("sudo", "gcsfuse", "curl", "apt-get", "lsb_release")
+    worker.kinds(mount="gcsfuse --implicit*")
+    worker.env["HIPPOCAMPUS_RUNS"] = "/mnt/a place of a test"
+    return worker
+
+
+def test_a_bucket_is_mounted_at_setup_and_again_at_every_start(mounting):
+    assert mounting.run("tpu_vm/_worker.sh", "setup", "gs://mine").returncode == 0
+    mounting.run("tpu_vm/_worker.sh", "start", "train", FAKE_CODE="0")
+    mounts = mounting.calls("gcsfuse")
+    assert [call[-2:] for call in mounts] == [["mine", "/mnt/a place of a test"]] * 2
+    assert "--metadata-cache-ttl-secs=0" in mounts[0]  # workers see each other's files at once
+    assert not [call for call in mounting.calls() if "apt-get" in call]
+    assert mounting.run("tpu_vm/_worker.sh", "setup").returncode == 0  # and without one, none
+    assert len(mounting.calls("gcsfuse")) == 2
+
+
+def test_gcsfuse_is_brought_along(mounting):
+    (mounting.bin / "gcsfuse").unlink()
+    done = mounting.run("tpu_vm/_worker.sh", "setup", "mine")
+    assert done.returncode == 69 and "could not be mounted" in done.stderr
+    assert [call[-1] for call in mounting.calls("sudo") if "install" in call] == ["gcsfuse"]
+
+
+def test_a_run_does_not_start_where_its_folder_is_not(mounting):
+    mounting.answer("mount", "0", "1 no such bucket")
+    mounting.run("tpu_vm/_worker.sh", "setup", "mine")
+    done = mounting.run("tpu_vm/_worker.sh", "start", "train")
+    assert done.returncode == 69 and "mine could not be mounted" in done.stderr
+    assert not [call for call in mounting.calls("python") if "hippocampus.train" in call]
 
 
 # Runs nothing but knows its version; with pip it "installs" uv, which brings Python 3.12.
