@@ -16,10 +16,10 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/hippocampus/blob/main/notebooks/colab.ipynb)
 #
-# This notebook trains a small hybrid model (a state-space path, a modern-Hopfield memory and causal
-# attention side by side in every layer, mixed by a learned gate), shows its learning curves, lets it
-# write, measures it in bits per byte, and opens it up: which path does each layer listen to, and
-# what happens when one of them falls silent?
+# This notebook trains a small hybrid model (a state-space path, a modern-Hopfield memory and
+# causal attention side by side in every layer, mixed by a learned gate), shows its learning curves,
+# lets it write, measures it in bits per byte, and opens it up: which path does each layer listen
+# to, and what happens when one of them falls silent?
 #
 # It needs no account and no data set. **Runtime → Run all** is enough, on a TPU, a GPU or a CPU; it
 # works outside Colab too. On two CPU cores the training takes a few minutes.
@@ -134,7 +134,7 @@ import json
 overrides = {"train.steps": steps}
 overrides |= json.loads(os.environ.get("HIPPOCAMPUS_NOTEBOOK_OVERRIDES", "{}"))
 config = hp.load_config(checkout / f"configs/{config_name}.py", overrides)
-hp.fit(config, run);
+run = hp.fit(config, run)
 
 # %% [markdown]
 # ## 5. Curves
@@ -184,7 +184,8 @@ for temperature in (0.0, 0.8):
 #
 # Bits per byte count how many bits the model needs for each byte of a text that it has not seen:
 # 8 is knowing nothing, lower is better, and models with different tokenizers can be compared. The
-# validation text lies behind the training text in the same corpus. A text of another kind is harder.
+# validation text lies behind the training text in the same corpus. A text of another kind is
+# harder.
 
 # %%
 results = json.loads((run / "results.json").read_text())
@@ -252,7 +253,8 @@ for path in paths:
 # - **Longer**: raise `steps` in the settings and run all again; training goes on.
 # - **Another model**: `overrides["model.paths"] = ("ssm", "attention")`, with another run folder,
 #   trains without the Hopfield memory. `hippocampus/config.py` lists every field with its range.
-# - **Another text**: `overrides["data.corpus"] = "my.txt"`, or `config_name = "shakespeare_laptop"`.
+# - **Another text**: `overrides["data.corpus"] = "my.txt"`, in another run folder; or
+#   `config_name = "shakespeare_laptop"`.
 # - **All names** of intermediates: `lm.run_with_cache(text)[1].keys()`; `docs/architecture.md`
 #   explains them.
 # - **More devices**: `docs/launching.md` has a launcher for TPU slices, SLURM, GKE and SkyPilot.

@@ -193,7 +193,8 @@ def test_a_crash_that_mends_itself(launchers):
 
 
 def test_a_batch_shell_that_is_told_to_end_waits_for_its_tasks(launchers):
-    launchers.program("srun", '#!/usr/bin/env bash\necho up >"$FAKE_LOG.up"\nread -t 0.6 <>"$FAKE_LOG.fifo"\nexit 134\n')
+    launchers.program("srun", '#!/usr/bin/env bash\necho up >"$FAKE_LOG.up"\n'
+                              'read -t 0.6 <>"$FAKE_LOG.fifo"\nexit 134\n')
     subprocess.run(["mkfifo", str(launchers.base / "log.fifo")], check=True)
     job = launchers.start("slurm_gpu.sbatch", "train", **IN_JOB)
     end = time.monotonic() + 10

@@ -114,7 +114,8 @@ def test_what_git_ignores_and_what_is_gone_is_not_copied(launchers):
     kept = launchers.base / "kept.tar.gz"
     launchers.program("gcloud", f'#!/usr/bin/env bash\n[[ $4 != scp* ]] || cp "$5" "{kept}"\n')
     assert launchers.run("tpu_vm/tpu_vm.sh", "setup", *SLICE).returncode == 0
-    names = set(tarfile.open(kept).getnames())
+    with tarfile.open(kept) as archive:
+        names = set(archive.getnames())
     assert {"configs/new one.py", "launch/_common.sh", "hippocampus/train.py"} <= names
     assert not names & {".venv/big", "configs/gone.py"}
 
