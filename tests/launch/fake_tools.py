@@ -8,8 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 VERBS = ("train", "evaluate", "probe", "sample")
 CLOUD = ("gcloud", "xpk", "docker", "sky", "sbatch", "srun", "scontrol", "squeue")
-TOOLS = """base64 basename bash cat chmod cksum cp date dirname env git grep gzip head id ln ls mkdir mktemp
-    mv nohup readlink rm rmdir sed setsid sh sort tail tar touch tr uname"""
+TOOLS = """base64 basename bash cat chmod cksum cp date dirname env git grep gzip head id ln ls
+    mkdir mktemp mv nohup readlink rm rmdir sed setsid sh sort tail tar touch tr uname"""
 
 # Answers with the first line of $FAKE_ANSWERS/<kind>, which is then used up: "CODE text"; without a
 # line, 0 and silence. The kind of a call is the first that matches in $FAKE_ANSWERS/kinds.

@@ -18,7 +18,8 @@ if [ "$1" = -c ]; then echo 4242; exit; fi
 id=0
 for word in "$@"; do case $word in --process_id=*) id=${word#*=} ;; esac; done
 { printf '%s\x1f' "$id" "${JAX_PLATFORMS:-}" "${JAX_NUM_CPU_DEVICES:-}" \
-    "${JAX_LOCAL_DEVICE_IDS:-}" "${JAX_COORDINATOR_BIND_ADDRESS:-}" "$@"; printf '\x1e'; } >>"$FAKE_LOG.$id"
+    "${JAX_LOCAL_DEVICE_IDS:-}" "${JAX_COORDINATOR_BIND_ADDRESS:-}" "$@"
+  printf '\x1e'; } >>"$FAKE_LOG.$id"
 do=FAKE_$id
 eval "${!do:-exit 0}"
 """

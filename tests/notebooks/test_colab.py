@@ -112,7 +112,8 @@ def test_reconnect_and_run_all_goes_on_in_jupyter(first_run):
         os.environ.clear()
         os.environ.update(before)
     outputs = [output for cell in book.cells if cell.cell_type == "code" for output in cell.outputs]
-    text = "".join(output.get("text", "") for output in outputs)
+    text = "".join(output.get("text") or output.get("data", {}).get("text/plain", "")
+                   for output in outputs)
     assert "going on from step 4" in text
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(pictures) == 2
