@@ -1,0 +1,230 @@
+"""GKE through xpk, SkyPilot, the image they run, and what one node of theirs does."""
+
+import base64
+import re
+import subprocess
+
+import pytest
+from fake_tools import ROOT, Launchers, read_words
+
+TRAIN = ("train", "--config=x.py", "--say=two words")
+GKE = ("gke_xpk.sh", "run", "--cluster=c", "--project=p", "--zone=z", "--name=n", "--image=i:1")
+COMMON = ["--docker-image=i:1", "--priority=medium", "--max-restarts=20",
+          "--restart-on-exit-codes=1,69,75", "--termination-grace-period-seconds=120"]
+RETRYABLE = {69, 75, 134}
+
+
+@pytest.fixture
+def launchers(tmp_path):
+    return Launchers(tmp_path)
+
+
+# --- GKE -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (["--tpu=v5litepod-16", "--slices=2"],
+     ["--tpu-type=v5litepod-16", "--num-slices=2", *COMMON, "--env=HIPPOCAMPUS_EXPECT_DEVICES=32"]),
+    (["--gpu=h100-80gb-8", "--nodes=2", "--env=A=b c", "--xpk_flag=--spot"],
+     ["--device-type=h100-80gb-8", "--num-nodes=2", *COMMON, "--env=A=b c", "--spot"]),
+], ids=["tpu", "gpu"])
+def test_a_workload(launchers, options, words):
+    assert launchers.run(*GKE, *options, *TRAIN).returncode == 0
+    command = "exec bash launch/_node.sh train --config=x.py '--say=two words'"
+    assert launchers.calls() == [["xpk", "workload", "create", "--workload=n", *words,
+                                  f"--command={command}", "--cluster=c", "--project=p",
+                                  "--zone=z"]]
+
+
+@pytest.mark.parametrize("word", ['say "no"', "$HOME", "back\\slash", "it's", "new\nline", "{x}"])
+def test_words_that_yaml_or_kubernetes_would_change_travel_encoded(launchers, word):
+    launchers.run(*GKE, "--tpu=v6e-8", "train", word)
+    command = next(w for w in launchers.calls()[0] if w.startswith("--command="))
+    (encoded,) = re.findall(r"--encoded=([A-Za-z0-9+/=]+)$", command)
+    assert read_words(base64.b64decode(encoded).decode()) == ["train", word]
+
+
+@pytest.mark.parametrize(("options", "error"), [
+    ([], "give one of --tpu=TYPE and --gpu=TYPE"),
+    (["--tpu=v6e-8", "--gpu=h100-80gb-8"], "give one of --tpu=TYPE and --gpu=TYPE"),
+    (["--tpu=v6e-8", "--accel=cuda"], "--accel is 'cuda'"),
+    (["--tpu=v6e-8", "--image="], "--image is missing"),
+    (["--tpu=v6e-8", "--name="], "--name is missing"),
+    (["--tpu=v6e-8", "--cluster="], "--cluster is missing")])
+def test_what_a_workload_lacks_is_said(launchers, options, error):
+    done = launchers.run(*GKE, *options, "train")
+    assert done.returncode == 64
+    assert error in done.stderr.splitlines()[0]
+    assert launchers.calls() == []
+
+
+def test_the_image_is_built_and_pushed(launchers):
+    done = launchers.run("gke_xpk.sh", "build", "--image=i:1", "--accel=cuda13")
+    assert done.returncode == 0, done.stderr
+    assert launchers.calls() == [
+        ["docker", "build", "--build-arg=ACCEL=cuda13", "--file=launch/Dockerfile", "--tag=i:1",
+         "."],
+        ["docker", "push", "i:1"]]
+
+
+def test_an_image_that_was_not_built_is_not_pushed(launchers):
+    launchers.answer("docker", "2 no space")
+    assert launchers.run("gke_xpk.sh", "build", "--image=i:1").returncode == 2
+    assert len(launchers.calls()) == 1
+
+
+def test_list_and_delete(launchers):
+    launchers.run("gke_xpk.sh", "list", "--cluster=c")
+    launchers.run("gke_xpk.sh", "delete", "--cluster=c", "--name=n")
+    assert launchers.calls() == [
+        ["xpk", "workload", "list", "--cluster=c"],
+        ["xpk", "workload", "delete", "--workload=n", "--force", "--cluster=c"]]
+
+
+def test_delete_without_a_name_would_delete_all_and_is_refused(launchers):
+    done = launchers.run("gke_xpk.sh", "delete", "--cluster=c")
+    assert done.returncode == 64 and "--name is missing" in done.stderr
+    assert launchers.calls() == []
+
+
+def test_the_image_copies_what_is_there():
+    text = (ROOT / "launch/Dockerfile").read_text()
+    sources = [word for line in re.findall(r"^COPY (.*)$", text, re.MULTILINE)
+               for word in line.split()[:-1]]
+    assert {"pyproject.toml", "hippocampus", "configs", "launch"} <= set(sources)
+    assert all((ROOT / source).exists() for source in sources)
+    python = re.search(r"^FROM python:3\.(\d+)-slim$", text, re.MULTILINE)
+    assert python and int(python[1]) >= 11
+    assert "HIPPOCAMPUS_READY_PYTHON=python" in text  # nothing is set up in a container
+
+
+# --- SkyPilot ------------------------------------------------------------------------------------
+
+
+def job(text=None):
+    yaml = pytest.importorskip("yaml")
+    return yaml.safe_load(text or (ROOT / "launch/skypilot.yaml").read_text())
+
+
+def test_the_job_is_a_task_that_skypilot_knows():
+    task = job()
+    assert set(task) == {"name", "resources", "num_nodes", "workdir", "envs", "setup", "run"}
+    assert set(task["resources"]) == {"accelerators", "use_spot", "job_recovery"}
+    assert task["workdir"] == "."
+    assert all(isinstance(value, str) for value in task["envs"].values())
+
+
+def test_the_job_recovers_from_what_can_be_tried_again_and_nothing_else():
+    recovery = job()["resources"]["job_recovery"]
+    assert set(recovery["recover_on_exit_codes"]) == RETRYABLE
+    assert recovery["max_restarts_on_errors"] == 0  # or 64 would be tried again
+
+
+@pytest.mark.parametrize("part", ["setup", "run"])
+def test_the_parts_of_the_job_are_shell(part):
+    subprocess.run(["bash", "-n", "-c", job()[part]], check=True)
+
+
+def test_the_job_runs_the_verb_with_its_flags(launchers):
+    (launchers.root / ".python-path").write_text("/opt/python\n")
+    launchers.tools("python")
+    words = "train --config=x.py two\\ words ''"
+    done = subprocess.run(["bash", "-c", job()["run"]], cwd=launchers.root,
+                          env=launchers.env | {"HIPPOCAMPUS_ARGUMENTS": words},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert launchers.calls() == [["python", "-m", "hippocampus.train", "--config=x.py",
+                                  "two words", ""]]
+
+
+def test_launching_the_job(launchers):
+    done = launchers.run("skypilot.sh", "--gpus=A100:4", "--nodes=2", "--spot", "--name=mine",
+                         "--env=A=b c", "--sky_flag=--region=r", *TRAIN)
+    assert done.returncode == 0, done.stderr
+    assert launchers.calls() == [[
+        "sky", "jobs", "launch", "--yes", "--name=mine", "--gpus=A100:4", "--num-nodes=2",
+        "--use-spot", "--env=HIPPOCAMPUS_ACCEL=cuda12",
+        "--env=HIPPOCAMPUS_ARGUMENTS=train --config=x.py --say=two\\ words", "--env=A=b c",
+        "--region=r", "launch/skypilot.yaml"]]
+
+
+@pytest.mark.parametrize(("nodes", "mode"), [(1, "MOUNT_CACHED"), (2, "MOUNT")])
+def test_a_bucket_is_mounted_where_runs_go(launchers, nodes, mode):
+    kept = launchers.base / "kept.yaml"
+    launchers.program("sky", f'#!/usr/bin/env bash\ncp "${{@: -1}}" "{kept}"\n')
+    done = launchers.run("skypilot.sh", "--bucket=gs://mine/runs", f"--nodes={nodes}", *TRAIN)
+    assert done.returncode == 0, done.stderr
+    task = job(kept.read_text())
+    assert task.pop("file_mounts") == {"/runs": {"source": "gs://mine/runs", "mode": mode}}
+    assert task == job()
+    assert not list(launchers.base.glob("hippocampus.*"))
+
+
+def test_without_a_bucket_the_loss_is_said(launchers):
+    assert "takes the run folder with it" in launchers.run("skypilot.sh", *TRAIN).stderr
+
+
+def test_a_tpu_job_expects_its_chips(launchers):
+    launchers.run("skypilot.sh", "--gpus=tpu-v5litepod-8", "--accel=tpu", *TRAIN)
+    assert "--env=HIPPOCAMPUS_EXPECT_DEVICES=8" in launchers.calls()[0]
+
+
+@pytest.mark.parametrize("options", [["--gpus=tpu-v6e-8"], ["--accel=tpu"],
+                                     ["--gpus=H100:8", "--accel=tpu"], ["--accel=rocm"]])
+def test_devices_and_packages_that_do_not_belong_together_are_refused(launchers, options):
+    done = launchers.run("skypilot.sh", *options, "train")
+    assert done.returncode == 64
+    assert launchers.calls() == []
+
+
+# --- One node ------------------------------------------------------------------------------------
+
+XPK = {"NNODES": "2", "NODE_RANK": "1", "JAX_COORDINATOR_ADDRESS": "n-0.n",
+       "JAX_COORDINATOR_PORT": "6002", "GPUS_PER_NODE": "8"}
+SKY = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NUM_GPUS_PER_NODE": "4",
+       "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
+
+
+def peers(address, n=2, rank=1):
+    return [f"--coordinator_address={address}", f"--num_processes={n}", f"--process_id={rank}"]
+
+
+@pytest.mark.parametrize(("env", "flags"), [
+    ({}, []),
+    (XPK, [*peers("n-0.n:6002"), "--expect_devices=16"]),
+    ({**XPK, "JAX_COORDINATOR_ADDRESS": "n-0.n:7"}, [*peers("n-0.n:7"), "--expect_devices=16"]),
+    (SKY, [*peers("10.0.0.1:8476"), "--expect_devices=8"]),
+    ({**SKY, "SKYPILOT_NUM_NODES": "1", "SKYPILOT_NODE_RANK": "0"}, ["--expect_devices=4"]),
+    ({**SKY, "SKYPILOT_NUM_GPUS_PER_NODE": "0", "TPU_WORKER_ID": "1",
+      "HIPPOCAMPUS_EXPECT_DEVICES": "16"}, ["--expect_devices=16"]),
+], ids=["alone", "xpk", "xpk-with-port", "sky", "sky-one-node", "sky-tpu"])
+def test_a_node_tells_the_program_where_its_peers_are(launchers, env, flags):
+    launchers.tools("python")
+    done = launchers.run("_node.sh", *TRAIN, **env)
+    assert done.returncode == 0, done.stderr
+    assert launchers.calls() == [["python", "-m", "hippocampus.train", *TRAIN[1:], *flags]]
+
+
+@pytest.mark.parametrize(("env", "runs"), [
+    ({}, True), (XPK, False), ({**XPK, "NODE_RANK": "0"}, True), (SKY, False),
+    ({"TPU_WORKER_ID": "3"}, False)])
+def test_sample_runs_on_node_0_alone(launchers, env, runs):
+    launchers.tools("python")
+    done = launchers.run("_node.sh", "sample", "--workdir=w", **env)
+    assert done.returncode == 0
+    wanted = [["python", "-m", "hippocampus.sample", "--workdir=w"]]
+    assert launchers.calls() == (wanted if runs else [])
+
+
+def test_a_node_reads_back_what_was_encoded(launchers):
+    launchers.tools("python")
+    words = base64.b64encode(b"train 'it'\\''s' \\$HOME ''").decode()
+    assert launchers.run("_node.sh", f"--encoded={words}").returncode == 0
+    assert launchers.calls() == [["python", "-m", "hippocampus.train", "it's", "$HOME", ""]]
+
+
+def test_a_node_becomes_the_program_so_that_signals_reach_it(launchers):
+    launchers.program("python", '#!/usr/bin/env bash\necho "$$"\nexit 75\n')
+    node = launchers.start("_node.sh", "train")
+    out, _ = node.communicate(timeout=20)
+    assert (int(out), node.returncode) == (node.pid, 75)
