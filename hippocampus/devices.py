@@ -56,6 +56,55 @@ _TABLE: tuple[tuple[str, str, float, Choice], ...] = (
 )
 
 
+@dataclass(frozen=True)
+class Chip:
+    """What the vendor states of one JAX device.
+
+    Attributes:
+      memory_bytes: of the main memory (HBM); the runtime keeps a few per cent of it.
+      memory_bandwidth: of the main memory, bytes/s.
+      link_bandwidth: of one link to a neighbour, in one direction, bytes/s.
+      links: links of the whole chip.
+    """
+
+    memory_bytes: int
+    memory_bandwidth: float
+    link_bandwidth: float
+    links: int
+
+
+_GIB = 2**30
+
+# (platform, pattern of the kind) -> facts; first match counts. A v2/v3 device is one of two cores
+# of a chip and has half its memory; a v4/v5p device is a chip whose two cores work as one.
+# TPU memory: cloud.google.com/tpu/docs/{v2,v3,v4,v5e,v5p,v6e}. Links: v2 496 Gbit/s (Norrie et al.
+# 2021, The design process for Google's training chips, table 1); v3 4 x 70 and v4 6 x 50 GB/s
+# (Jouppi et al. 2023, arXiv:2304.01433, table 4); v5e 400, v5p 1200 and v6e 800 GB/s per chip in
+# both directions together (the same pages). GPUs: NVIDIA's datasheets; NVLink, or PCIe for L4, T4.
+_CHIPS: tuple[tuple[str, str, Chip], ...] = (
+    ("tpu", r"v2", Chip(8 * _GIB, 350e9, 62e9, 4)),
+    ("tpu", r"v3", Chip(16 * _GIB, 450e9, 70e9, 4)),
+    ("tpu", r"v4", Chip(32 * _GIB, 1228e9, 50e9, 6)),
+    ("tpu", r"v5 ?lite|v5e", Chip(16 * _GIB, 819e9, 50e9, 4)),
+    ("tpu", r"v5", Chip(95 * _GIB, 2765e9, 100e9, 6)),
+    ("tpu", r"v6", Chip(32 * _GIB, 1640e9, 100e9, 4)),
+    ("gpu", r"H200", Chip(141 * 10**9, 4.8e12, 450e9, 1)),
+    ("gpu", r"H100|H800", Chip(80 * 10**9, 3.35e12, 450e9, 1)),
+    ("gpu", r"A100.*40", Chip(40 * 10**9, 1.555e12, 300e9, 1)),
+    ("gpu", r"A100|A800", Chip(80 * 10**9, 2.039e12, 300e9, 1)),
+    ("gpu", r"L4\b", Chip(24 * 10**9, 300e9, 32e9, 1)),
+    ("gpu", r"T4", Chip(16 * 10**9, 320e9, 16e9, 1)),
+)
+
+
+def chip(device: Device) -> Chip | None:
+    """The vendor's figures for a device, or None where the table has none."""
+    for platform, kind, facts in _CHIPS:
+        if platform == device.platform and re.search(kind, device.kind, re.IGNORECASE):
+            return facts
+    return None
+
+
 def choose(device: Device) -> Choice:
     """The row of the table for a device; an unknown platform gets the CPU's portable choices."""
     for platform, kind, capability, choice in _TABLE:
