@@ -70,7 +70,7 @@ def test_devices_and_links_of_a_name(name, kind, devices, links):
     ("b200x8", "h200x8"), ("v4:999x999x999", "v4:"),
 ])
 def test_an_unknown_name_is_refused_with_the_nearest(name, hint):
-    with pytest.raises(ConfigError, match="^no topology ") as caught:
+    with pytest.raises(ConfigError, match=r"^no topology ") as caught:
         find_topology(name)
     assert hint in caught.value.hint
 
@@ -140,8 +140,8 @@ def test_the_largest_batch_fills_what_is_left_with_activations(limit, batch):
 
 # ---------------------------------------------------------------- a full device
 
-V3_ERROR = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space \
-hbm. Used 23.22G of 15.48G hbm. Exceeded hbm capacity by 7.74G.
+V3_ERROR = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory \
+space hbm. Used 23.22G of 15.48G hbm. Exceeded hbm capacity by 7.74G.
 
 Total hbm usage >= 23.73G:
     reserved        528.00M
