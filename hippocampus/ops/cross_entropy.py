@@ -1,18 +1,33 @@
-"""Cross-entropy from hidden states, with label smoothing and z-loss folded in."""
+"""Cross-entropy from hidden states, with label smoothing and z-loss folded in.
+
+The chunked form never holds the logits of a whole batch. It forms the gradient in the same pass
+(`_one_pass`): with p = softmax(logits) and the weight w of a token,
+
+    d loss / d logits = w ((1 + 2 z log Z) p - (1 - eps) onehot(target) - eps / V)
+
+needs nothing but the logits, so a chunk's three matrix products (logits, d hidden, d head) are
+done together and only the two gradients are kept.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from hippocampus.errors import ConfigError
 
 BACKENDS = ("full", "chunked")
-_CHUNK_TOKENS = 4096
+_CHUNK_LOGITS = 2**27
+"""Logits in a chunk on one device: 512 MiB in float32."""
+_ROWS = ("data", "fsdp")
+_TIME = "sequence"
 
 
 @struct.dataclass
@@ -21,15 +36,24 @@ class Head:
 
     `weight_VD` may have more rows than `vocab_size`: the surplus makes the table divide well and
     is masked out of every loss and sample. `softcap` c > 0 bounds logits by c tanh(logits / c).
+    With `down_DE`, hidden states are first projected to the table's width E (a factorised table).
     """
 
     weight_VD: Array
     bias_V: Array | None = None
     softcap: float = struct.field(pytree_node=False, default=0.0)
     vocab_size: int = struct.field(pytree_node=False, default=0)
+    down_DE: Array | None = None
+
+    def narrow(self, hidden: Float[Array, "... D"]) -> Float[Array, "... E"]:
+        """Hidden states in the width of the table, in their own dtype."""
+        if self.down_DE is None:
+            return hidden
+        return hidden @ self.down_DE.astype(hidden.dtype)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Float32 logits over the padded vocabulary; surplus ids get -inf."""
+        hidden = self.narrow(hidden)
         logits = jax.lax.dot_general(
             hidden, self.weight_VD.astype(hidden.dtype),
             (((hidden.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
@@ -58,11 +82,11 @@ def cross_entropy(
       weight_BT: weight per token; 0 = not counted.
       smoothing: eps.
       z_weight: weight of the squared log-partition function.
-      backend: "full" (all logits at once) or "chunked" (a few thousand tokens at a time, logits
-        computed again for the gradient: memory does not grow with B T V).
+      backend: "full" (all logits at once, differentiated by JAX) or "chunked" (some time steps
+        at a time, with the gradient formed in the same pass: memory does not grow with B T V).
 
     Returns:
-      The loss, differentiable, and its terms {"nll", "smoothing", "z"}: unscaled sums of
+      The loss, differentiable once, and its terms {"nll", "smoothing", "z"}: unscaled sums of
       -log p_target, mean_v(-log p_v) and logsumexp^2, without gradient.
 
     Raises:
@@ -73,54 +97,154 @@ def cross_entropy(
     """
     if backend not in BACKENDS:
         raise ConfigError(f"cross_entropy backend is {backend!r}", f"known: {', '.join(BACKENDS)}")
-    sums = functools.partial(_sums, with_uniform=smoothing > 0)
-    if backend == "full":
-        nll, uniform, z = sums(head, hidden_BTD, targets_BT, weight_BT)
+    hidden, head = head.narrow(hidden_BTD), dataclasses.replace(head, down_DE=None)
+    if backend == "chunked":
+        loss, terms_BT = _one_pass(smoothing, z_weight, head, hidden, targets_BT, weight_BT)
     else:
-        nll, uniform, z = _chunked(sums, head, hidden_BTD, targets_BT, weight_BT)
-    loss = (1 - smoothing) * nll + z_weight * z
-    if smoothing:
-        loss = loss + smoothing * uniform
-    terms = {"nll": nll, "smoothing": uniform, "z": z}
+        loss_BT, terms_BT = _token_terms(head.logits(hidden), head, targets_BT, smoothing, z_weight)
+        loss = (weight_BT * loss_BT).sum()
+    terms = {name: (weight_BT * term).sum() for name, term in terms_BT.items()}
+    terms.setdefault("smoothing", jnp.zeros(()))
     return loss, jax.lax.stop_gradient(terms)
 
 
 def token_nll(hidden_BTD: Float[Array, "B T D"], head: Head,
               targets_BT: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    """-log p_target of every token, in nats (float32)."""
-    logits = head.logits(hidden_BTD)
-    target = jnp.take_along_axis(logits, targets_BT[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - target
+    """-log p_target of every token, in nats (float32), a chunk of the logits at a time."""
+
+    def chunk_nll(chunk: tuple[Array, Array]) -> Array:
+        logits = head.logits(chunk[0])
+        return jax.nn.logsumexp(logits, axis=-1) - _at(logits, chunk[1])
+
+    chunks = _chunks(len(head.weight_VD), hidden_BTD, targets_BT)
+    nll = jax.lax.map(jax.checkpoint(chunk_nll), chunks)
+    return _joined(nll, targets_BT.shape[1])
 
 
-def _sums(head: Head, hidden: Array, targets: Array, weight: Array, *,
-          with_uniform: bool) -> tuple[Array, Array, Array]:
-    logits = head.logits(hidden)
+def _token_terms(logits: Array, head: Head, targets: Array, smoothing: float,
+                 z_weight: float) -> tuple[Array, dict[str, Array]]:
+    """The loss of every token, and its terms."""
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    uniform = jnp.zeros(())
-    if with_uniform:
-        V = head.vocab_size or logits.shape[-1]
-        uniform = (weight * (log_z - logits[..., :V].mean(-1))).sum()
-    return (weight * (log_z - target)).sum(), uniform, (weight * log_z**2).sum()
+    terms = {"nll": log_z - _at(logits, targets), "z": log_z**2}
+    loss = (1 - smoothing) * terms["nll"] + z_weight * terms["z"]
+    if smoothing:
+        terms["smoothing"] = log_z - logits[..., :_n_ids(head)].mean(-1)
+        loss = loss + smoothing * terms["smoothing"]
+    return loss, terms
 
 
-def _chunked(sums: functools.partial, head: Head, hidden: Array, targets: Array,
-             weight: Array) -> tuple[Array, Array, Array]:
-    """Chunks along time, not batch: a batch-sharded array then stays where it is."""
-    B, T = targets.shape
-    size = max(1, min(T, _CHUNK_TOKENS // B))
-    n = -(-T // size)
-    pad = n * size - T
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _one_pass(smoothing: float, z_weight: float, head: Head, hidden: Array, targets: Array,
+              weight: Array) -> tuple[Array, dict[str, Array]]:
+    """The loss and, per token, its terms, in chunks along time."""
+    def chunk_terms(chunk: tuple[Array, Array]) -> tuple[Array, dict[str, Array]]:
+        return _token_terms(head.logits(chunk[0]), head, chunk[1], smoothing, z_weight)
+
+    chunks = _chunks(len(head.weight_VD), hidden, targets)
+    loss, terms = jax.tree.map(functools.partial(_joined, length=targets.shape[1]),
+                               jax.lax.map(chunk_terms, chunks))
+    return (weight * loss).sum(), terms
+
+
+def _one_pass_forward(smoothing: float, z_weight: float, head: Head, hidden: Array,
+                      targets: Array, weight: Array) -> tuple[Any, tuple]:
+    # Chunks mix nothing over batch and time, so every device works through its own tokens, and
+    # the head's gradient crosses devices once instead of once a chunk.
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in (*_ROWS, _TIME) if mesh.shape.get(axis, 1) > 1)
+    low = dataclasses.replace(head, weight_VD=head.weight_VD.astype(hidden.dtype))
+
+    def own(head: Head, hidden: Array, targets: Array, weight: Array) -> tuple:
+        per_token, d_hidden, d_head = _gradients(smoothing, z_weight, head, hidden, targets, weight)
+        return per_token, d_hidden, jax.lax.psum(d_head, axes) if axes else d_head
+
+    if axes:
+        tokens = PartitionSpec(tuple(axis for axis in _ROWS if axis in axes),
+                               _TIME if _TIME in axes else None)
+        own = jax.shard_map(own, in_specs=(PartitionSpec(), tokens, tokens, tokens),
+                            out_specs=(tokens, tokens, PartitionSpec()),
+                            axis_names=set(axes), check_vma=False)
+    (loss, terms), d_hidden, d_head = own(low, hidden, targets, weight)
+    d_head = jax.tree.map(lambda gradient, a: gradient.astype(a.dtype), d_head, head)
+    return ((weight * loss).sum(), terms), (d_head, d_hidden, loss)
+
+
+def _one_pass_backward(smoothing: float, z_weight: float, saved: tuple,
+                       cotangents: tuple[Array, Any]) -> tuple:
+    d_head, d_hidden, d_weight = saved
+    g = cotangents[0]
+    return (jax.tree.map(lambda a: g * a, d_head), (g * d_hidden).astype(d_hidden.dtype), None,
+            g * d_weight)
+
+
+_one_pass.defvjp(_one_pass_forward, _one_pass_backward)
+
+
+def _gradients(smoothing: float, z_weight: float, head: Head, hidden: Array, targets: Array,
+               weight: Array) -> tuple[tuple[Array, dict], Array, Head]:
+    """Loss and terms per token, and the gradients of the weighted loss.
+
+    Gradients of the logits are rounded to the compute dtype before the two matrix products, as
+    every gradient of a matrix product is; the head's is summed over chunks in float32.
+    """
+    def step(total: Head, chunk: tuple[Array, ...]) -> tuple[Head, tuple]:
+        hidden, targets, weight = chunk
+        logits = head.logits(hidden)
+        loss, terms = _token_terms(logits, head, targets, smoothing, z_weight)
+        d_logits = _logit_gradient(logits, head, targets, weight, smoothing, z_weight)
+        d_low = d_logits.astype(hidden.dtype)
+        d_hidden = jnp.einsum("btv,vd->btd", d_low, head.weight_VD,
+                              preferred_element_type=jnp.float32).astype(hidden.dtype)
+        d_weight = jnp.einsum("btv,btd->vd", d_low, hidden, preferred_element_type=jnp.float32)
+        d_bias = None if head.bias_V is None else d_logits.sum((0, 1))
+        part = dataclasses.replace(head, weight_VD=d_weight, bias_V=d_bias)
+        return jax.tree.map(jnp.add, total, part), ((loss, terms), d_hidden)
+
+    zero = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), head)
+    d_head, per_chunk = jax.lax.scan(
+        step, zero, _chunks(len(head.weight_VD), hidden, targets, weight))
+    per_token, d_hidden = jax.tree.map(
+        functools.partial(_joined, length=targets.shape[1]), per_chunk)
+    return per_token, d_hidden, d_head
+
+
+def _logit_gradient(logits: Array, head: Head, targets: Array, weight: Array, smoothing: float,
+                    z_weight: float) -> Array:
+    """d (weight * loss) / d (hidden W^T), the formula of this module; float32, 0 for padding."""
+    log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    ids = jnp.arange(logits.shape[-1])
+    d = (1 + 2 * z_weight * log_z) * jnp.exp(logits - log_z)
+    d = d - (1 - smoothing) * (ids == targets[..., None]) - smoothing / _n_ids(head)
+    if head.softcap:
+        d = d * (1 - (logits / head.softcap) ** 2)
+    return jnp.where(ids < _n_ids(head), weight[..., None] * d, 0.0)
+
+
+def _n_ids(head: Head) -> int:
+    return head.vocab_size or len(head.weight_VD)
+
+
+def _at(logits: Array, targets: Array) -> Array:
+    return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+
+
+def _chunks(rows: int, *arrays: Array) -> tuple[Array, ...]:
+    """B,T,… as n,B,t,…: along time, not batch, so a batch-sharded array stays where it is."""
+    B, T = arrays[0].shape[:2]
+    most = max(1, min(T, _CHUNK_LOGITS // (rows * B)))
+    n = -(-T // most)
+    size = -(-T // n)
 
     def chunks_first(array: Array) -> Array:
-        padded = jnp.pad(array, ((0, 0), (0, pad)) + ((0, 0),) * (array.ndim - 2))
+        if n == 1:
+            return array[None]
+        padded = jnp.pad(array, ((0, 0), (0, n * size - T)) + ((0, 0),) * (array.ndim - 2))
         return jnp.moveaxis(padded.reshape(B, n, size, *array.shape[2:]), 1, 0)
 
-    def add(total: tuple, chunk: tuple) -> tuple[tuple, None]:
-        part = jax.checkpoint(sums)(head, *chunk)
-        return jax.tree.map(jnp.add, total, part), None
+    return tuple(map(chunks_first, arrays))
 
-    zero = (jnp.zeros(()),) * 3
-    total, _ = jax.lax.scan(add, zero, tuple(map(chunks_first, (hidden, targets, weight))))
-    return total
+
+def _joined(chunks: Array, length: int) -> Array:
+    """What `_chunks` took apart, without its padding."""
+    n, B, size = chunks.shape[:3]
+    return jnp.moveaxis(chunks, 0, 1).reshape(B, n * size, *chunks.shape[3:])[:, :length]

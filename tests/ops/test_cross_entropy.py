@@ -1,11 +1,15 @@
 """Cross-entropy against its formulas in float64: values, gradients, padding, both backends."""
 
 import functools
+import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_run
 
 from hippocampus.errors import ConfigError
 from hippocampus.ops import cross_entropy as module
@@ -76,7 +80,7 @@ def value_and_gradients(settings, backend, softcap):
     ("plain", 0.0), ("smoothing", 0.0), ("z", 0.0), ("all", 0.0), ("all", 3.0)])
 def test_loss_terms_and_gradients_are_those_of_the_formulas(settings, softcap, backend,
                                                             monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK_TOKENS", 8)  # chunks of 4 tokens, the last one of 3
+    monkeypatch.setattr(module, "_CHUNK_LOGITS", 8 * ROWS)  # chunks of 4, 4 and 3 time steps
     actual = value_and_gradients(settings, backend, softcap)(*inputs())
     expected = reference(*inputs(), softcap=softcap, **SETTINGS[settings])
     assert_close(actual, expected, n_operations=B * T * V)
@@ -109,7 +113,7 @@ def test_tokens_of_weight_zero_are_not_counted(backend):
 
 @pytest.mark.parametrize("chunk_tokens", [1, 2, 6, 22, 4096])
 def test_any_chunk_size_gives_the_same_sums(chunk_tokens, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK_TOKENS", chunk_tokens)
+    monkeypatch.setattr(module, "_CHUNK_LOGITS", chunk_tokens * ROWS)
     hidden, weight, bias, targets, token_weight = inputs()
     loss, _ = cross_entropy(hidden, Head(weight, bias, 0.0, V), targets, token_weight,
                             smoothing=0.1, backend="chunked")
@@ -166,3 +170,88 @@ def test_an_unknown_backend_is_refused_with_the_known_ones():
     hidden, weight, _, targets, token_weight = inputs()
     with pytest.raises(ConfigError, match="full, chunked"):
         cross_entropy(hidden, Head(weight), targets, token_weight, backend="fused")
+
+
+def test_a_table_narrower_than_the_states_is_the_product_of_its_two_parts():
+    hidden, weight, bias, targets, token_weight = inputs()
+    down = np.random.default_rng(1).normal(size=(D, 3)).astype(np.float32)
+    for backend in ("full", "chunked"):
+        loss, gradient = jax.value_and_grad(lambda down, backend=backend: cross_entropy(
+            hidden, Head(weight[:, :3], bias, 0.0, V, down), targets, token_weight,
+            backend=backend)[0])(down)
+        whole, _, (_, d_whole, _) = reference(hidden, weight[:, :3] @ down.T, bias, targets,
+                                              token_weight)
+        assert_close(loss, whole, n_operations=B * T * V)
+        # The whole table is W down^T, so its gradient reaches `down` through W.
+        assert_close(gradient, d_whole.T @ weight[:, :3], n_operations=B * T * V)
+    narrow = token_nll(hidden, Head(weight[:, :3], bias, 0.0, V, down), targets)
+    whole = token_nll(hidden, Head(weight[:, :3] @ down.T, bias, 0.0, V), targets)
+    assert_close(narrow, whole, n_operations=D * V)
+
+
+def test_the_gradient_of_the_token_weights_is_the_loss_of_each_token():
+    hidden, weight, bias, targets, token_weight = inputs()
+    gradient = jax.grad(lambda w: cross_entropy(
+        hidden, Head(weight, bias, 0.0, V), targets, w, backend="chunked")[0])(token_weight)
+    assert_close(gradient, token_nll(hidden, Head(weight, bias, 0.0, V), targets), n_operations=V)
+
+
+def test_the_word_vocabulary_of_wikitext_trains_without_its_logits_in_memory():
+    tokens, vocabulary, width = (4, 1024), 267_776, 128
+
+    def loss(hidden, table, targets):
+        return cross_entropy(hidden, Head(table, vocab_size=267_735), targets,
+                             jnp.ones(tokens), z_weight=1e-4, backend="chunked")[0]
+
+    shapes = (jax.ShapeDtypeStruct((*tokens, width), jnp.float32),
+              jax.ShapeDtypeStruct((vocabulary, width), jnp.float32),
+              jax.ShapeDtypeStruct(tokens, jnp.int32))
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes).compile()
+    logits = 4 * vocabulary * tokens[0] * tokens[1]
+    assert compiled.memory_analysis().temp_size_in_bytes < logits / 2
+
+
+# Runs below, in a process with eight virtual devices; prints the largest relative errors.
+EIGHT = """
+import json, jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from hippocampus.ops import cross_entropy as module
+from hippocampus.ops.cross_entropy import Head, cross_entropy
+
+module._CHUNK_LOGITS = 64
+rng = np.random.default_rng(0)
+hidden, table = rng.normal(size=(8, 12, 8)), rng.normal(size=(16, 8))
+hidden, table = hidden.astype(np.float32), table.astype(np.float32)
+targets, weight = rng.integers(0, 13, (8, 12)), rng.random((8, 12)).astype(np.float32)
+
+def loss(hidden, table, targets, weight):
+    return cross_entropy(hidden, Head(table, vocab_size=13), targets, weight, smoothing=0.1,
+                         z_weight=0.01, backend="chunked")
+
+run = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+one = run(hidden, table, targets, weight)
+errors = {}
+for sizes in ((8, 1, 1, 1), (2, 2, 2, 1), (2, 1, 1, 4), (1, 2, 2, 2)):
+    mesh = jax.make_mesh(sizes, ("data", "fsdp", "tensor", "sequence"),
+                         axis_types=(AxisType.Auto,) * 4)
+    put = lambda a, *axes: jax.device_put(a, NamedSharding(mesh, P(*axes)))
+    rows = ("data", "fsdp")
+    with jax.set_mesh(mesh):
+        many = run(put(hidden, rows, "sequence"), put(table, "tensor", "fsdp"),
+                   put(targets, rows, "sequence"), put(weight, rows, "sequence"))
+    errors[str(sizes)] = max(jax.tree.leaves(jax.tree.map(
+        lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(b).max()),
+        many, one)))
+print(json.dumps(errors))
+"""
+
+
+def test_tokens_and_table_spread_over_devices_give_the_same_loss_and_gradients():
+    environment = {**tiny_run.environment(),
+                   "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run([sys.executable, "-c", EIGHT], capture_output=True, text=True,
+                          timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    errors = json.loads(done.stdout)
+    assert len(errors) == 4
+    assert max(errors.values()) < 1e-5, errors
