@@ -130,8 +130,8 @@ def _memory_bytes(module: Module, computation: Computation, instruction: Instruc
         inner = module.computations.get(callee[1]) if callee else None
         if inner is not None:
             return _fusion_bytes(inner, operands, instruction)
-    if opcode.removesuffix("-start") in COLLECTIVES and opcode.endswith("-start"):
-        return 2 * sum(map(_in_memory, operands))
+    if opcode in ("all-gather-start", "collective-permute-start"):  # (operands, results, …)
+        return _in_memory(instruction.shapes)
     return sum(map(_in_memory, operands)) + _in_memory(instruction.shapes)
 
 

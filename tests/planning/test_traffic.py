@@ -243,6 +243,16 @@ def test_what_stays_on_the_chip_is_no_memory_traffic():
     """) == 16 + 16
 
 
+def test_a_collective_reads_its_operand_and_writes_its_result_once():
+    assert memory("""
+        %x = f32[4]{0} parameter(0)
+        %s = (f32[4]{0}, f32[32]{0}) all-gather-start(%x), replica_groups=[1,8]<=[8], dimensions={0}
+        %d = f32[32]{0} all-gather-done(%s)
+        %rs = f32[4]{0} all-reduce-start(%x), replica_groups={}, to_apply=%add
+        ROOT %rd = f32[4]{0} all-reduce-done(%rs)
+    """) == (16 + 128) + (16 + 16)
+
+
 def test_only_the_window_of_a_slice_or_an_update_is_moved():
     assert memory("""
         %x = f32[4]{0} parameter(0)
