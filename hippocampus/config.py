@@ -8,7 +8,9 @@ dataclasses below by `hippocampus.config_files.load_config`.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,9 @@ PATHS = ("ssm", "hopfield", "attention")
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 """The axes that devices are arranged along."""
+
+TOKENIZERS = ("bytes", "characters", "words", "bpe")
+"""Tokenizers that are made from the corpus."""
 
 _LARGEST = 2**31 - 1
 
@@ -46,6 +51,8 @@ class TrainConfig:
     """How long, how much at once, and from which seed."""
 
     steps: int = _count(1000, "optimizer steps of the whole run")
+    epochs: float = _setting(0.0, "passes over the training text, instead of steps; 0 = as many "
+                             "steps as `steps` says", low=0, high=1e6)
     seed: int = _count(0, "seed of the initial parameters, the data order and dropout", low=0)
     batch_size: int = _count(32, "sequences per optimizer step, over all devices")
     grad_accumulation: int = _count(1, "micro-batches that one optimizer step is split into")
@@ -168,7 +175,11 @@ class HybridConfig:
     rope_theta: float = _setting(10_000.0, "base of the rotary frequencies", above=0, high=1e12)
     max_length: int = _count(0, "rows of the learned position table; 0 = data.context", low=0)
     tie_embeddings: bool = _setting(True, "one table for input and output")
+    embedding_width: int = _count(0, "width of the tables, with a projection to and from d_model; "
+                                  "0 = d_model", low=0, high=65_536)
     dropout: float = _setting(0.0, "dropout after each block half", low=0, below=1)
+    token_noise: float = _setting(0.0, "chance that training reads another row's token instead of "
+                                  "its own (targets stay)", low=0, below=1)
     scan_layers: bool = _setting(False, "compile runs of equal layers once (lax.scan)")
     remat: str = _setting("none", "what the backward pass recomputes: none, dots (all but matrix "
                           "products), or full (the whole block)", choices=("none", "dots", "full"))
@@ -217,8 +228,38 @@ class EMAConfig:
 class DataConfig:
     """What is read, and how it is cut."""
 
-    corpus: str = _setting("pydoc", "pydoc, tinyshakespeare, or the path of a UTF-8 text file")
-    tokenizer: str = _setting("bytes", "bytes or characters", choices=("bytes", "characters"))
+    corpus: str = _setting("pydoc", "pydoc, tinyshakespeare, wikitext_mini; a text, .jsonl or "
+                           ".parquet file or a glob of them; a folder of Dataset.save_to_disk; or "
+                           "a hub id such as Salesforce/wikitext")
+    subset: str = _setting("", "configuration of a hub data set, such as wikitext-103-raw-v1; "
+                           "empty = its only or default one")
+    column: str = _setting("text", "the column that holds the text (not for text files)")
+    train_split: str = _setting("train", "split to train on (hub, save_to_disk); slices such as "
+                                "train[:99%] work")
+    validation_split: str = _setting("", "split to validate on; empty = `validation` where there "
+                                     "is one, else the last tenth of the training split is held "
+                                     "out (of one text's characters, otherwise of the documents)")
+    test_split: str = _setting("", "split to test on; empty = `test` where there is one")
+    validation_files: str = _setting("", "for a local corpus: file or glob to validate on")
+    test_files: str = _setting("", "for a local corpus: file or glob to test on")
+    document_start: str = _setting("", "regular expression: a line of a text file, or a row, that "
+                                   "it is found in begins a new document, and rows are lines; "
+                                   "empty = every text file, or row, is a document")
+    streaming: bool = _setting(False, "read a hub data set over the network without keeping a "
+                               "copy; without a validation split its first 5,000 documents are "
+                               "held out")
+    tokenizer: str = _setting("bytes", "bytes, characters, words, bpe, or the path of a "
+                              "tokenizer.json")
+    vocab_size: int = _count(0, "ids of bpe (0 = 32,768) or words (0 = every word of the training "
+                             "text); other tokenizers have their own number", low=0,
+                             high=16_777_216)
+    tokenizer_megabytes: int = _count(2000, "bpe and words learn from the beginning of the "
+                                      "training text, at most so much of it", high=1_000_000)
+    documents: str = _setting("joined", "joined: windows read across documents; packed: "
+                              "document ids keep them apart", choices=("joined", "packed"))
+    order: str = _setting("shuffled", "shuffled windows, or streams: each row of a batch goes on "
+                          "where that row of the batch before ended",
+                          choices=("shuffled", "streams"))
     context: int = _count(128, "tokens T per sequence", high=16_777_216)
 
 
@@ -271,7 +312,7 @@ class MeshConfig:
     tensor: int = _count(1, "size over which matrices are split")
     sequence: int = _count(1, "size over which the time axis is split", high=1)
     rules: tuple[tuple[str, str], ...] = _setting(
-        ((r"embedding$|head$", "tensor,fsdp"), (r"(out|down)/kernel$", "tensor,fsdp"),
+        ((r"embedding$|head$", "tensor,fsdp"), (r"(out|down)/kernel$|head_down$", "tensor,fsdp"),
          (r"kernel$", "fsdp,tensor")),
         "(regular expression over the parameter path, mesh axis of each dimension or '-'); the "
         "first match counts, dimensions that do not divide stay whole, no match = replicated")
@@ -378,6 +419,7 @@ def check_together(config: Config) -> Config:
     if config.loss.rectified_flow.segment_weight and model.segments.train < 2:
         raise ConfigError("loss.rectified_flow.segment_weight needs model.segments.train of at "
                           "least 2", "it is the flow from the first pass to the last")
+    _check_data(config.data)
     for pattern, axes in config.mesh.rules:
         named = [axis.strip() for axis in axes.split(",") if axis.strip() != "-"]
         if (unknown := set(named) - set(MESH_AXES)) or len(set(named)) < len(named):
@@ -388,3 +430,28 @@ def check_together(config: Config) -> Config:
         raise ConfigError(f"model.max_length = {model.max_length} is less than data.context = "
                           f"{config.data.context}", "learned positions need a row per token")
     return config
+
+
+def _check_data(data: DataConfig) -> None:
+    """Refuses fields of `data` that contradict each other."""
+    is_path = "/" in data.tokenizer or data.tokenizer.endswith(".json")
+    if data.tokenizer not in TOKENIZERS and not is_path:
+        near = difflib.get_close_matches(data.tokenizer, TOKENIZERS, n=1)
+        raise ConfigError(f"data.tokenizer is {data.tokenizer!r}; it must be one of "
+                          f"{', '.join(TOKENIZERS)}, or the path of a tokenizer.json",
+                          f"did you mean {near[0]}?" if near else "a path has a / or ends in .json")
+    if data.vocab_size and data.tokenizer not in ("bpe", "words"):
+        raise ConfigError(f"data.vocab_size = {data.vocab_size} has no meaning for "
+                          f"data.tokenizer = {data.tokenizer}", "only bpe and words have a choice")
+    smallest = {"bpe": 257, "words": 3}.get(data.tokenizer, 0)
+    if 0 < data.vocab_size < smallest:
+        raise ConfigError(f"data.vocab_size = {data.vocab_size} is less than {smallest}",
+                          f"{data.tokenizer} needs {smallest - 1} ids before the first word")
+    try:
+        re.compile(data.document_start)
+    except re.error as error:
+        raise ConfigError(f"data.document_start is not a regular expression: {error}",
+                          "WikiText's articles begin with '^ = [^=].* = $'") from None
+    if data.test_files and not data.validation_files:
+        raise ConfigError("data.test_files is set without data.validation_files",
+                          "name the files to validate on too")

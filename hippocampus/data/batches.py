@@ -1,4 +1,4 @@
-"""Batches of windows over one stream of ids: `Batch`, `ShuffledWindows`, `EvaluationWindows`.
+"""Batches of windows over ids: `Batch`, `ShuffledWindows`, `Streams`, `EvaluationWindows`.
 
 A training batch is a pure function of (seed, step), so that resuming, rolling back and changing
 the number of hosts need nothing but the step. Shuffling therefore keeps no list of what is left:
@@ -7,9 +7,9 @@ the number of hosts need nothing but the step. Shuffling therefore keeps no list
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import flax.struct
@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float32, Int32, Int64, Integer, UInt64
 from hippocampus.errors import DataError
 
 FEISTEL_ROUNDS = 6
+SEQUENCES_AT_ONCE = 4096
 MIN_HALF_BITS = 2  # a network on fewer than 16 points reaches few of their permutations
 
 
@@ -93,12 +94,18 @@ class ShuffledWindows:
         context: T, tokens in a window.
         batch_size: B, rows in a batch.
         seed: which stream.
+        document_starts: where documents begin in `ids`, sorted, for batches with document ids
+            and positions; None: a window is read as one document.
+        marked: whether every document begins with a token that says so. Where documents are
+            kept apart, the prediction of the next document's first token has weight 0 otherwise.
     """
 
     ids: Integer[np.ndarray, " n"]
     context: int
     batch_size: int
     seed: int
+    document_starts: Int64[np.ndarray, " d"] | None = None
+    marked: bool = False
 
     def __post_init__(self):
         if self.windows_per_epoch < 1:
@@ -124,17 +131,105 @@ class ShuffledWindows:
             rows: which rows of it, for a host that feeds only some; None: all.
 
         Returns:
-            A batch of numpy arrays, [rows, context], every prediction with weight 1.
+            A batch of numpy arrays, [rows, context]; with `document_starts` it has document ids
+            (1, 2, … in every window) and positions.
         """
-        row = np.arange(self.batch_size)[rows or slice(None)]
-        epoch, index = np.divmod(step * self.batch_size + row, self.windows_per_epoch)
-        key = _mix(_mix(np.uint64(self.seed % 2**64)) ^ epoch.astype(np.uint64))
-        offset = (_mix(key) % np.uint64(self.context)).astype(np.int64)
-        start = offset + permute(index, self.windows_per_epoch, key) * self.context
-        window = self.ids[start[:, None] + np.arange(self.context + 1)].astype(np.int32)
-        weight = np.ones((len(row), self.context), np.float32)
-        host: Any = (window[:, :-1], window[:, 1:], weight)  # NumPy stands in until it is placed
-        return Batch(*host)
+        sequence = step * self.batch_size + np.arange(self.batch_size)[rows or slice(None)]
+        block, place = np.divmod(sequence, SEQUENCES_AT_ONCE)
+        start = np.empty(len(sequence), np.int64)
+        for one in np.unique(block):
+            of_block = block == one
+            start[of_block] = self._starts(int(one))[place[of_block]]
+        return _windows(self._views, start, self.document_starts, self.marked)
+
+    @cached_property
+    def _starts(self) -> Callable[[int], np.ndarray]:
+        """Where a block of sequences begins; many at once cost little more than one."""
+        def starts(block: int) -> np.ndarray:
+            sequence = block * SEQUENCES_AT_ONCE + np.arange(SEQUENCES_AT_ONCE)
+            epoch, index = np.divmod(sequence, self.windows_per_epoch)
+            key = _epoch_key(self.seed, epoch)
+            offset = (_mix(key) % np.uint64(self.context)).astype(np.int64)
+            return offset + permute(index, self.windows_per_epoch, key) * self.context
+
+        return lru_cache(maxsize=4)(starts)
+
+    @cached_property
+    def _views(self) -> np.ndarray:
+        return _views(self.ids, self.context)
+
+
+@dataclass(frozen=True, eq=False)
+class Streams:
+    """Batches in which row b of a step goes on where row b of the step before ended.
+
+    Every epoch cuts the ids, from an offset of its own, into `batch_size` strips of equal length,
+    deals them to the rows in an order of its own, and reads all of them from front to back.
+
+    Attributes:
+        ids, context, batch_size, seed, document_starts, marked: as for `ShuffledWindows`.
+    """
+
+    ids: Integer[np.ndarray, " n"]
+    context: int
+    batch_size: int
+    seed: int
+    document_starts: Int64[np.ndarray, " d"] | None = None
+    marked: bool = False
+
+    def __post_init__(self):
+        if self.steps_per_epoch < 1:
+            raise DataError(
+                f"the training text has {len(self.ids)} tokens, and {self.batch_size} streams in "
+                f"windows of {self.context} need at least {(self.batch_size + 1) * self.context}",
+                "use a longer text, or a smaller --config.data.context or train.batch_size",
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that every epoch takes, whatever its offset, which is below context."""
+        return (len(self.ids) - self.context) // (self.batch_size * self.context)
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """Windows in every epoch."""
+        return self.steps_per_epoch * self.batch_size
+
+    def batch(self, step: int, rows: slice | None = None) -> Batch:
+        """Return the batch of one step; the same one whenever it is asked for.
+
+        Args:
+            step: number of the step, from 0.
+            rows: which rows of it, for a host that feeds only some; None: all.
+
+        Returns:
+            A batch of numpy arrays, [rows, context]. `reset_B` is set in the first step of an
+            epoch, and with `document_starts` where a window begins with a document.
+        """
+        epoch, index = divmod(step, self.steps_per_epoch)
+        start = self._strips(epoch)[rows or slice(None)] + index * self.context
+        batch = _windows(self._views, start, self.document_starts, self.marked)
+        reset: Any = np.full(len(start), index == 0)
+        if self.document_starts is not None:
+            starts = np.asarray(self.document_starts)
+            place = np.minimum(np.searchsorted(starts, start), len(starts) - 1)
+            reset |= starts[place] == start
+        return batch.replace(reset_B=reset)
+
+    @cached_property
+    def _strips(self) -> Callable[[int], np.ndarray]:
+        """Where the strip of each row begins in an epoch."""
+        def strips(epoch: int) -> np.ndarray:
+            key = _epoch_key(self.seed, np.array(epoch))
+            offset = int(_mix(key) % np.uint64(self.context))
+            order = permute(np.arange(self.batch_size), self.batch_size, int(key))
+            return offset + order * self.steps_per_epoch * self.context
+
+        return lru_cache(maxsize=4)(strips)
+
+    @cached_property
+    def _views(self) -> np.ndarray:
+        return _views(self.ids, self.context)
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,6 +288,56 @@ class EvaluationWindows:
             tokens[row, :n], targets[row, :n], weight[row, :n] = window[:-1], window[1:], 1
         host: Any = (tokens, targets, weight)
         return Batch(*host)
+
+
+def _views(ids: np.ndarray, context: int) -> np.ndarray:
+    """All windows of a text as rows of a view, so that numpy copies whole rows."""
+    # The base class does without the overhead of a memory map.
+    return np.lib.stride_tricks.sliding_window_view(np.asarray(ids), context)
+
+
+def _windows(
+    views: np.ndarray, start: np.ndarray, document_starts: np.ndarray | None, marked: bool
+) -> Batch:
+    """The windows that begin at each start, one a row."""
+    tokens, targets = views[start].astype(np.int32), views[start + 1].astype(np.int32)
+    weight = np.ones(tokens.shape, np.float32)
+    documents = () if document_starts is None else _documents(
+        np.asarray(document_starts), start, views.shape[1], weight, marked)
+    host: Any = (tokens, targets, weight, *documents)  # NumPy stands in until it is placed
+    return Batch(*host)
+
+
+def _documents(
+    starts: np.ndarray, start: np.ndarray, context: int, weight_BT: np.ndarray, marked: bool
+) -> tuple[Any, Any]:
+    """Document ids and positions of windows; clears the weight where a document ends unmarked.
+
+    Work grows with the documents that begin in the windows, not with all there are.
+    """
+    begun = np.searchsorted(starts, start, "right")  # documents that begin up to the first token
+    counts = np.searchsorted(starts, start + context, "left") - begun
+    rows = len(start)
+    # A run is the part of a document in a window; the first one of a row begins with it.
+    row = np.repeat(np.arange(rows), counts + 1)
+    first_run = np.cumsum(counts + 1) - (counts + 1)
+    number = np.arange(len(row)) - first_run[row]
+    place = starts[np.maximum(begun[row] + number - 1, 0)] - start[row]
+    place[first_run] = 0
+    lengths = np.diff(row * context + place, append=rows * context)
+    document_ids_BT = np.repeat((number + 1).astype(np.int32), lengths).reshape(rows, context)
+    begin_BT = np.repeat(place.astype(np.int32), lengths).reshape(rows, context)
+    positions_BT = np.arange(context, dtype=np.int32) - begin_BT
+    if not marked:
+        later = number > 0
+        weight_BT[row[later], place[later] - 1] = 0
+        after = np.minimum(begun + counts, len(starts) - 1)
+        weight_BT[starts[after] == start + context, -1] = 0
+    return document_ids_BT, positions_BT
+
+
+def _epoch_key(seed: int, epoch: np.ndarray) -> np.ndarray:
+    return _mix(_mix(np.uint64(seed % 2**64)) ^ epoch.astype(np.uint64))
 
 
 def _feistel(x: np.ndarray, key: np.ndarray, half: np.uint64) -> np.ndarray:

@@ -1,262 +1,288 @@
-"""Texts to train on, split into training and validation: `load_corpus`, `Corpus`.
+"""Texts to train on, split into documents and into train, validation and test: `open_corpus`.
 
-A corpus is named (`pydoc`, `tinyshakespeare`) or is the path of a local UTF-8 file. Every corpus
-carries the digest of its text, so that two results can be said to rest on the same data.
+A corpus is named (`pydoc`, `tinyshakespeare`, `wikitext_mini`), lies in local files or a folder, or
+is a data set of the Hugging Face hub. It is never read whole: `Corpus.pieces` and
+`Corpus.documents` stream. Every corpus carries a digest, so that two results can be said to rest
+on the same data.
 """
 
 from __future__ import annotations
 
-import ast
 import difflib
+import glob
 import hashlib
-import http.client
+import json
 import os
-import sysconfig
-import urllib.request
-import warnings
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+from hippocampus.config import DataConfig
+from hippocampus.data import named_texts, text_files
+from hippocampus.data.documents import Chunks, Piece, count, cut, group_lines, join, select, whole
+from hippocampus.data.rows import (
+    FORMATS,
+    Table,
+    is_saved,
+    open_files,
+    open_repository,
+    open_saved,
+)
 from hippocampus.errors import DataError
-from hippocampus.files import write_atomically
 
 TRAIN_PERCENT = 90
+STREAMED_VALIDATION_DOCUMENTS = 5000
+NAMES = ("pydoc", "tinyshakespeare", "wikitext_mini")
 
-SHAKESPEARE_FILE = "tinyshakespeare.txt"
-SHAKESPEARE_URL = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-)
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-DOWNLOAD_TIMEOUT_SECONDS = 10
-
-TOPICS_MODULE = "pydoc_data.topics"
-TEST_PACKAGES = frozenset({"test", "tests", "idle_test"})
-MIN_PROSE_CHARACTERS = 40
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_FILE_FIELDS = {"train": "corpus", "validation": "validation_files", "test": "test_files"}
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text in its two parts.
+    """Documents in their splits, read as they are asked for.
 
     Attributes:
-        name: the name or path it was asked for by.
-        train: the training part.
-        validation: the validation part, disjoint from `train`.
-        sha256: hex digest of `train + validation` in UTF-8.
+        name: the name, path or hub id it was asked for by.
+        digest: hex sha256 that stands for the documents and how they are split. For one text
+            that is split by characters (and for `pydoc`) it is that of the text in UTF-8.
+        splits: "train", "validation", and "test" where there is one.
+        chunks: split -> a fresh stream of its documents.
     """
 
     name: str
-    train: str
-    validation: str
-    sha256: str
+    digest: str
+    splits: tuple[str, ...]
+    chunks: Callable[[str], Chunks]
+
+    def pieces(self, split: str) -> Iterator[Piece]:
+        """Yield a split in the pieces that are tokenized, the same in every call.
+
+        Raises:
+            DataError: the split is empty, or what it is read from is unusable.
+        """
+        empty = True
+        for piece in cut(self.chunks(split)):
+            empty = False
+            yield piece
+        if empty:
+            raise DataError(f"data.corpus: the {split} split of {self.name} has no text",
+                            "choose another split or file")
+
+    def documents(self, split: str) -> Iterator[str]:
+        """Yield a split's documents, whole and never empty.
+
+        Raises:
+            DataError: the split is empty, or what it is read from is unusable.
+        """
+        return join(self.pieces(split))
 
 
-def load_corpus(name: str) -> Corpus:
-    """Load a named corpus or a local text file.
+def open_corpus(data: DataConfig) -> Corpus:
+    """Open the corpus that a config names.
 
     Args:
-        name: `"pydoc"` (the prose of this Python's standard library: its help topics and
-            docstrings, about 2 million characters, never touches the network),
-            `"tinyshakespeare"` (from `$HIPPOCAMPUS_DATA`, else downloaded into
-            `$HIPPOCAMPUS_CACHE`), or a path: anything with a separator, ending in `.txt`, or
-            existing.
+        data: `corpus` and the fields that say how it is read; see `hippocampus.config`.
 
     Returns:
-        The corpus. `pydoc` keeps whole modules apart (a tenth of them validate, less the
-        paragraphs that training has too); every other text gives its first 90 % of the
-        characters to training and the rest to validation.
+        The corpus. Without a validation split or file, the last tenth is held out: of the
+        characters where the corpus is one text, of the documents otherwise.
 
     Raises:
         DataError: the name is unknown, or the text is missing, empty, damaged or not UTF-8.
     """
-    if name in _LOADERS:
-        train, validation = _LOADERS[name]()
-    elif _looks_like_path(name):
-        train, validation = _split(_decode(_read(Path(name).expanduser()), name))
-    else:
-        known = ", ".join(_LOADERS)
-        nearest = difflib.get_close_matches(name.lower(), _LOADERS, n=1)
-        suggestion = f"did you mean {nearest[0]}? " if nearest else ""
-        raise DataError(
-            f"data.corpus: unknown corpus {name!r}; known: {known}",
-            f"{suggestion}a local file works too: --config.data.corpus=/path/to/file.txt",
-        )
-    digest = hashlib.sha256()
-    digest.update(train.encode())
-    digest.update(validation.encode())
-    return Corpus(name, train, validation, digest.hexdigest())
+    name = data.corpus
+    if name in NAMES:
+        return _named(name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _folder(path, data)
+    if _looks_like_path(name):
+        return _local_files(data)
+    if _HUB_NAME.fullmatch(name):
+        return _from_table(open_repository(name, data.subset, data.streaming), data)
+    known = ", ".join(NAMES)
+    nearest = difflib.get_close_matches(name.lower(), NAMES, n=1)
+    suggestion = f"did you mean {nearest[0]}? " if nearest else ""
+    raise DataError(
+        f"data.corpus: unknown corpus {name!r}; known: {known}",
+        f"{suggestion}a local file works too: --config.data.corpus=/path/to/file.txt, and a hub "
+        "data set: owner/name",
+    )
 
 
 def _looks_like_path(name: str) -> bool:
-    return "/" in name or os.sep in name or name.endswith(".txt") or os.path.exists(name)
+    path = Path(name).expanduser()
+    if path.exists() or glob.has_magic(name):
+        return True
+    known = path.suffix in (".txt", ".tokens", *FORMATS)
+    return known or (("/" in name or os.sep in name) and not _HUB_NAME.fullmatch(name))
 
 
-def _split(text: str) -> tuple[str, str]:
-    cut = len(text) * TRAIN_PERCENT // 100
-    return text[:cut], text[cut:]
+def _named(name: str) -> Corpus:
+    if name == "pydoc":
+        from hippocampus.data.standard_library import read_modules
+
+        train, validation = read_modules()
+        return _in_memory(name, _sha256(train + validation), train, validation)
+    if name == "wikitext_mini":
+        train, validation = named_texts.wikitext_mini()
+        # Lengths too: the same text in other documents is another corpus.
+        lengths = json.dumps([list(map(len, train)), list(map(len, validation))])
+        return _in_memory(name, _sha256([*train, *validation, lengths]), train, validation)
+    text = named_texts.tinyshakespeare()
+    at = len(text) * TRAIN_PERCENT // 100
+    return _in_memory(name, _sha256([text]), [text[:at]], [text[at:]])
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(
-            f"data.corpus: there is no file {path}",
-            f"check the path, or use one of: {', '.join(_LOADERS)}",
-        ) from None
-    except IsADirectoryError:
-        raise DataError(
-            f"data.corpus: {path} is a directory", "name one UTF-8 text file inside it"
-        ) from None
-    except OSError as error:
-        raise DataError(
-            f"data.corpus: {path} cannot be read: {error.strerror}", "check its permissions"
-        ) from None
+def _in_memory(name: str, digest: str, train: list[str], validation: list[str]) -> Corpus:
+    parts = {"train": train, "validation": validation}
+    return Corpus(name, digest, tuple(parts), lambda split: whole(parts[split]))
 
 
-def _decode(content: bytes, name: str) -> str:
-    """Decode without translating line ends: the digest is that of the file."""
-    bad = content.find(b"\0")
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        bad = error.start if bad < 0 else min(bad, error.start)
-    if bad >= 0:
-        raise DataError(
-            f"data.corpus: {name} is not UTF-8 text (byte 0x{content[bad]:02x} at offset {bad})",
-            "convert it first, for example with iconv -t UTF-8",
-        )
-    if not text.strip():
-        raise DataError(f"data.corpus: {name} is empty", "name a file with text in it")
-    return text
+def _folder(path: Path, data: DataConfig) -> Corpus:
+    if is_saved(path):
+        return _from_table(open_saved(path, data.train_split), data)
+    # As far down as the hub's data sets keep their files; a home folder is not searched.
+    if not any(p.suffix in FORMATS for pattern in ("*", "*/*") for p in path.glob(pattern)):
+        raise DataError(f"data.corpus: {path} is a directory without a data set in it",
+                        "name a text file, a glob such as 'folder/*.txt', or a save_to_disk folder")
+    return _from_table(open_repository(str(path), data.subset, streaming=False), data)
 
 
-def _tinyshakespeare() -> tuple[str, str]:
-    cached = _cache_folder() / SHAKESPEARE_FILE
-    for path in (*(folder / SHAKESPEARE_FILE for folder in _data_folders()), cached):
-        if path.is_file():
-            content = _read(path)
-            if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
-                raise DataError(
-                    f"data.corpus: {path} is not Tiny Shakespeare: its sha256 does not begin "
-                    f"with {SHAKESPEARE_SHA256[:12]}",
-                    "delete the damaged file, or read it as it is with "
-                    f"--config.data.corpus={path}",
-                )
-            return _split(_decode(content, str(path)))
-
-    content = _download_shakespeare()
-    try:
-        write_atomically(cached, content)
-    except OSError as error:
-        # The text is in hand; only the next run pays for it.
-        warnings.warn(f"cannot keep a copy in {cached.parent}: {error.strerror}", stacklevel=3)
-    return _split(_decode(content, SHAKESPEARE_URL))
+def _from_table(table: Table, data: DataConfig) -> Corpus:
+    """A corpus of the splits of a data set."""
+    asked = {"train": data.train_split, "validation": data.validation_split,
+             "test": data.test_split}
+    found = {split: name or (split if split in table.splits else "")
+             for split, name in asked.items()}
+    sources = {split: _rows(table, name, data) for split, name in found.items() if name}
+    for name in filter(None, found.values()):
+        table.open(name)  # refuses a split that is not there before anything is read
+    digest = _key(table.digest, found, data.column, data.document_start)
+    held = _streamed_hold_out if table.streaming else _held_out
+    return _corpus(table.name, digest, sources, held)
 
 
-def _download_shakespeare() -> bytes:
-    try:
-        with urllib.request.urlopen(SHAKESPEARE_URL, timeout=DOWNLOAD_TIMEOUT_SECONDS) as reply:
-            content: bytes = reply.read()
-        reason = "the download is not the known text (wrong sha256)"
-    except (OSError, http.client.HTTPException) as error:
-        content, reason = b"", f"the download failed ({error})"
-    if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
-        raise DataError(
-            f"data.corpus: no {SHAKESPEARE_FILE} in $HIPPOCAMPUS_DATA, and {reason}",
-            "pass a local file with --config.data.corpus=/path/to/file.txt",
-        )
-    return content
+def _rows(table: Table, split: str, data: DataConfig) -> Callable[[], Chunks]:
+    if not data.document_start:
+        return lambda: whole(table.texts(split, data.column))
+    start = re.compile(data.document_start)
+    # The hub's WikiText keeps line ends in full rows and has "" for an empty line.
+    return lambda: group_lines(
+        (text if text.endswith("\n") else text + "\n"
+         for text in table.texts(split, data.column) if text is not None), start)
 
 
-def _data_folders() -> list[Path]:
-    if folder := os.environ.get("HIPPOCAMPUS_DATA"):
-        return [Path(folder).expanduser()]
-    checkout = Path(__file__).resolve().parents[2]
-    return [Path("../shared/data"), checkout / "../shared/data"]
+def _local_files(data: DataConfig) -> Corpus:
+    """A corpus of text, .jsonl or .parquet files."""
+    parts = {}
+    for split, field in _FILE_FIELDS.items():
+        if pattern := getattr(data, field):
+            parts[split] = _matching(pattern, f"data.{field}")
+    kinds = {FORMATS.get(path.suffix, "text") for paths in parts.values() for path in paths}
+    if len(kinds) > 1:
+        raise DataError(f"data.corpus: files of different formats ({', '.join(sorted(kinds))})",
+                        "name files of one format")
+    if kinds != {"text"}:
+        table = open_files(parts)
+        sources = {split: _rows(table, split, data) for split in parts}
+        digest = _key(table.digest, data.column, data.document_start)
+        return _corpus(data.corpus, digest, sources, _held_out)
+    scanned = {split: [text_files.scan(path, ", ".join(NAMES), f"data.{_FILE_FIELDS[split]}")
+                       for path in paths] for split, paths in parts.items()}
+    if len(scanned) == 1 and len(scanned["train"]) == 1 and not data.document_start:
+        return _one_text(data.corpus, scanned["train"][0])
+    digest = _key({split: [file.sha256 for file in files] for split, files in scanned.items()},
+                  data.document_start)
+    sources = {split: _text_source(paths, data.document_start) for split, paths in parts.items()}
+    return _corpus(data.corpus, digest, sources, _held_out)
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("HIPPOCAMPUS_CACHE") or "~/.cache/hippocampus").expanduser()
+def _matching(pattern: str, field: str) -> list[Path]:
+    path = Path(pattern).expanduser()
+    if path.exists() or not glob.has_magic(pattern):
+        return [path]
+    found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+    if not found:
+        raise DataError(f"{field}: no file matches {pattern}", "check the pattern")
+    return found
 
 
-def _pydoc() -> tuple[str, str]:
-    parts: dict[bool, list[str]] = {False: [], True: []}
-    seen: set[str] = set()
-    for module, texts in _standard_library():
-        # By module, so that no docstring is validated by its neighbours of the same class.
-        validates = int(hashlib.sha256(module.encode()).hexdigest(), 16) % 100 >= TRAIN_PERCENT
-        for text in texts:
-            text = text.encode("utf-8", "ignore").decode()  # an escape may make a lone surrogate
-            if len(text) >= MIN_PROSE_CHARACTERS and text not in seen:
-                seen.add(text)
-                parts[validates].append(text)
-    if not seen:
-        raise DataError(
-            "data.corpus: this Python comes without the sources of its standard library",
-            "pass a local file with --config.data.corpus=/path/to/file.txt",
-        )
-    train, validation = ("".join(text + "\n\n" for text in parts[side]) for side in (False, True))
-    return train, _without_paragraphs_of(train, validation)
+def _one_text(name: str, file: text_files.TextFile) -> Corpus:
+    """One text is split by characters and keeps the digest of the file."""
+    at = file.n_characters * TRAIN_PERCENT // 100
+    ends = {"train": (0, at), "validation": (at, file.n_characters)}
+
+    def chunks(split: str) -> Chunks:
+        for i, text in enumerate(text_files.read(file.path, *ends[split])):
+            yield i == 0, text
+
+    return Corpus(name, file.sha256, tuple(ends), chunks)
 
 
-def _without_paragraphs_of(train: str, validation: str) -> str:
-    """Drop what a model could have memorised: help topics quote whole passages of each other."""
-    known = {p.strip() for p in train.split("\n\n") if len(p.strip()) >= MIN_PROSE_CHARACTERS}
-    return "\n\n".join(p for p in validation.split("\n\n") if p.strip() not in known)
+def _text_source(paths: list[Path], document_start: str) -> Callable[[], Chunks]:
+    def chunks() -> Chunks:
+        for path in paths:
+            if document_start:
+                yield from group_lines(text_files.lines(path), re.compile(document_start))
+            else:
+                for i, text in enumerate(text_files.read(path)):
+                    yield i == 0, text
+    return chunks
 
 
-def _standard_library() -> Iterator[tuple[str, list[str]]]:
-    """Yield every module's name and its texts, sorted by name; each help topic is a module."""
-    root = Path(sysconfig.get_path("stdlib"))
-    for module, path in sorted(_source_files(root)):
-        try:
-            with warnings.catch_warnings():
-                # Old sources have invalid escapes, which is no concern of ours.
-                warnings.simplefilter("ignore")
-                tree = ast.parse(path.read_bytes())
-        except (OSError, SyntaxError, ValueError, RecursionError):
-            continue
-        if module == TOPICS_MODULE:
-            for topic, text in sorted(_topics(tree).items()):
-                yield f"{TOPICS_MODULE}.{topic}", [text.strip()]
-        else:
-            yield module, list(_docstrings(tree))
+class _HoldOut:
+    """Where the documents of a source are cut in two; they are counted when that is needed."""
+
+    def __init__(self, name: str, source: Callable[[], Chunks]):
+        self._name, self._source = name, source
+
+    @cached_property
+    def _place(self) -> int:
+        total = count(self._source())
+        if total < 2:
+            raise DataError(f"data.corpus: {self._name} has {total} documents, and the last tenth "
+                            "of at least 2 is held out",
+                            "name a validation split or file, or set data.document_start")
+        return min(total - 1, total * TRAIN_PERCENT // 100)
+
+    def chunks(self, split: str) -> Chunks:
+        validates = split == "validation"
+        first, last = (self._place, None) if validates else (0, self._place)
+        return select(self._source(), first, last)
 
 
-def _source_files(root: Path) -> Iterator[tuple[str, Path]]:
-    for folder, subfolders, files in os.walk(root):
-        # Packages only: this leaves out site-packages, lib-dynload and the build's config-* too.
-        subfolders[:] = [s for s in subfolders if s.isidentifier() and s not in TEST_PACKAGES]
-        for file in files:
-            path = Path(folder, file)
-            if path.suffix == ".py" and path.stem.isidentifier():
-                parts = path.relative_to(root).with_suffix("").parts
-                yield ".".join(parts).removesuffix(".__init__"), path
+def _held_out(name: str, source: Callable[[], Chunks]) -> Callable[[str], Chunks]:
+    return _HoldOut(name, source).chunks
 
 
-def _topics(tree: ast.Module) -> dict[str, str]:
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
-            topics: dict[str, str] = ast.literal_eval(node.value)
-            return topics
-    return {}
+def _streamed_hold_out(name: str, source: Callable[[], Chunks]) -> Callable[[str], Chunks]:
+    """The beginning validates: the end of a stream is known only when it comes."""
+    at = STREAMED_VALIDATION_DOCUMENTS
+    return lambda split: (select(source(), 0, at) if split == "validation"
+                          else select(source(), at, None))
 
 
-def _docstrings(node: ast.AST) -> Iterator[str]:
-    """Yield the docstrings in the order of the source."""
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
-        text := ast.get_docstring(node)
-    ):
-        yield text
-    for child in ast.iter_child_nodes(node):
-        # Definitions hide in blocks (if, try, with), never in expressions.
-        if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
-            yield from _docstrings(child)
+def _corpus(name: str, digest: str, sources: dict[str, Callable[[], Chunks]],
+            hold_out: Callable[[str, Callable[[], Chunks]], Callable[[str], Chunks]]) -> Corpus:
+    """A corpus of sources; without one to validate on, part of the first is held out."""
+    splits = tuple(split for split in _FILE_FIELDS if split in {*sources, "validation"})
+    if "validation" in sources:
+        return Corpus(name, digest, splits, lambda split: sources[split]())
+    halves = hold_out(name, sources["train"])
+    return Corpus(name, digest, splits,
+                  lambda split: sources["test"]() if split == "test" else halves(split))
 
 
-_LOADERS: dict[str, Callable[[], tuple[str, str]]] = {
-    "pydoc": _pydoc,
-    "tinyshakespeare": _tinyshakespeare,
-}
+def _sha256(texts: list[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode())
+    return digest.hexdigest()
+
+
+def _key(*facts: object) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

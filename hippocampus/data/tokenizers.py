@@ -1,54 +1,63 @@
-"""Text to ids and back: `build_tokenizer`, `Tokenizer`.
+"""Text to ids and back: `Tokenizer`, `byte_tokenizer`, `character_tokenizer`.
 
 Whatever its kind, a tokenizer is a valid Hugging Face `tokenizer.json`, so that any tool can read
-what a run leaves behind. Bytes and characters, which need no library to encode, take a numpy
-path that is more than a hundred times faster and gives the same ids.
+what a run leaves behind. Bytes, characters and words, which need no library to encode, take a
+numpy path that is faster and gives the same ids. `hippocampus.data.vocabularies` learns words and
+BPE from a corpus.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int32
-from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as LibraryTokenizer
 
-from hippocampus.errors import ConfigError, DataError
+from hippocampus.data.documents import Piece, cut
+from hippocampus.data.tokenizer_files import (
+    END_OF_LINE,
+    END_OF_TEXT,
+    UNKNOWN,
+    kind_of,
+    library_bytes,
+    library_characters,
+)
+from hippocampus.errors import DataError
 from hippocampus.files import write_atomically
 
+# White space to Python alone: the library would not split there.
+_SEPARATORS = re.compile("[\x1c-\x1f]")
 
-def build_tokenizer(kind: str, text: str) -> Tokenizer:
-    """Build a tokenizer for a text.
+
+def byte_tokenizer() -> Tokenizer:
+    """Return the tokenizer of 256 ids in which the id of a byte is its value."""
+    return Tokenizer(library_bytes().to_str(pretty=True))
+
+
+def character_tokenizer(characters: Iterable[str]) -> Tokenizer:
+    """Build the tokenizer with one id for each distinct character, in code point order.
 
     Args:
-        kind: `"bytes"` (256 ids, the id of a byte is its value) or `"characters"` (one id for
-            each distinct character of the text, in code point order).
-        text: what the vocabulary is taken from; `bytes` does not look at it.
-
-    Returns:
-        The tokenizer.
+        characters: a text, or its characters in any order.
 
     Raises:
-        ConfigError: the kind is unknown.
-        DataError: the text has no characters, or one that UTF-8 cannot express.
+        DataError: there are none, or one that UTF-8 cannot express.
     """
-    if kind == "bytes":
-        library = _library_bytes()
-    elif kind == "characters":
-        _utf8(text)
-        if not text:
-            raise DataError(
-                "an empty text has no characters to build a vocabulary from",
-                "use a text, or --config.data.tokenizer=bytes",
-            )
-        library = _library_characters({c: i for i, c in enumerate(sorted(set(text)))})
-    else:
-        raise ConfigError(f"data.tokenizer: {kind!r} is not one of: bytes, characters")
+    distinct = sorted(set(characters))
+    if not distinct:
+        raise DataError(
+            "an empty text has no characters to build a vocabulary from",
+            "use a text, or --config.data.tokenizer=bytes",
+        )
+    _utf8("".join(distinct))
+    library = library_characters({c: i for i, c in enumerate(distinct)})
     return Tokenizer(library.to_str(pretty=True))
 
 
@@ -121,20 +130,21 @@ class Tokenizer:
 
     @cached_property
     def kind(self) -> str:
-        """`"bytes"` or `"characters"` where it is exactly what we build, else `"other"`."""
-        # Compared after the library has read both, because a version may add fields of its own.
-        # One different part (a normalizer, another unknown token) and the numpy path would be
-        # wrong, so a family likeness is not enough.
-        same = self._library.to_str()
-        if same == _library_bytes().to_str():
-            return "bytes"
-        if (
-            self._vocabulary
-            and all(len(token) == 1 for token in self._vocabulary)
-            and same == _library_characters(self._vocabulary).to_str()
-        ):
-            return "characters"
-        return "other"
+        """`"bytes"`, `"characters"`, `"words"` or `"bpe"` where it is exactly what we build.
+
+        Any other is `"other"`.
+        """
+        return kind_of(self._library)
+
+    @cached_property
+    def end_id(self) -> int | None:
+        """The id of `<|endoftext|>`, which stands in front of every document; None without one."""
+        return self._vocabulary.get(END_OF_TEXT)
+
+    @cached_property
+    def unknown_id(self) -> int | None:
+        """The id that every word outside the vocabulary gets; None for other kinds than words."""
+        return self._vocabulary[UNKNOWN] if self.kind == "words" else None
 
     @cached_property
     def vocab_size(self) -> int:
@@ -153,12 +163,56 @@ class Tokenizer:
         Raises:
             DataError: the text has a character that the vocabulary lacks or UTF-8 cannot express.
         """
-        if self.kind == "bytes":
-            return np.frombuffer(_utf8(text), np.uint8).astype(np.int32)
-        if self.kind == "characters":
-            return self._encode_characters(text)
-        _utf8(text)
-        return np.asarray(self._library.encode(text, add_special_tokens=False).ids, np.int32)
+        encoded = self._encode_directly(text)
+        if encoded is None:
+            _utf8(text)
+            ids = self._library.encode(text, add_special_tokens=False).ids
+            return np.asarray(ids, np.int32)
+        return encoded
+
+    def encode_document(self, text: str) -> Int32[np.ndarray, " T"]:
+        """Turn a whole document into ids, as training reads it.
+
+        Args:
+            text: the document.
+
+        Returns:
+            ids: int32[T]. Other than from `encode`, `<|endoftext|>` comes first where there is
+            one, and with words a last line without a line end has its `<eos>` too.
+
+        Raises:
+            DataError: as `encode`.
+        """
+        return np.concatenate(self.encode_pieces(list(cut([(True, text)]))))
+
+    def encode_pieces(self, pieces: Sequence[Piece]) -> list[np.ndarray]:
+        """Turn pieces of documents into ids, with all cores where the library does it.
+
+        What looks like a special token in the text of a document is text.
+
+        Args:
+            pieces: from `Corpus.pieces`.
+
+        Returns:
+            int32 ids of each; those of all pieces of a document, put together, are the document's.
+
+        Raises:
+            DataError: as `encode`.
+        """
+        if self.kind in ("bytes", "characters"):
+            encoded = [self.encode(piece.text) for piece in pieces]
+        elif self.kind == "words":
+            encoded = [self.encode(piece.text + "\n" if self._lacks_line_end(piece) else piece.text)
+                       for piece in pieces]
+        else:
+            batch = self._plain_library.encode_batch_fast(
+                [piece.text for piece in pieces], add_special_tokens=False)
+            encoded = [np.array(one.ids, np.int32) for one in batch]
+        if self.end_id is None:
+            return encoded
+        marker = np.array([self.end_id], np.int32)
+        return [np.concatenate((marker, ids)) if piece.starts else ids
+                for piece, ids in zip(pieces, encoded, strict=True)]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Turn ids into a text; bytes that are not UTF-8 become U+FFFD.
@@ -183,8 +237,38 @@ class Tokenizer:
         return text
 
     def count_bytes(self, ids: np.ndarray) -> int:
-        """How many UTF-8 bytes of text the ids stand for."""
-        return len(ids) if self.kind == "bytes" else len(self.decode(ids).encode())
+        """How many UTF-8 bytes of text the ids stand for; `<|endoftext|>` for none."""
+        if self.kind == "bytes":
+            return len(ids)
+        ids = np.asarray(ids)
+        return len(self.decode(ids if self.end_id is None else ids[ids != self.end_id]).encode())
+
+    def _encode_directly(self, text: str) -> np.ndarray | None:
+        """Ids without the library, for the kinds that can do so."""
+        if self.kind == "bytes":
+            return np.frombuffer(_utf8(text), np.uint8).astype(np.int32)
+        if self.kind == "characters":
+            return self._encode_characters(text)
+        if self.kind == "words" and not _SEPARATORS.search(text):
+            return self._encode_words(text)
+        return None
+
+    def _encode_words(self, text: str) -> np.ndarray:
+        """Split as the library does: at white space, every line end being a word."""
+        words = text.replace("\n", f" {END_OF_LINE} ").split()
+        ids = map(self._vocabulary.get, words, repeat(self._vocabulary[UNKNOWN]))
+        return np.fromiter(ids, np.int32, len(words))
+
+    @staticmethod
+    def _lacks_line_end(piece: Piece) -> bool:
+        return piece.ends and not piece.text.endswith("\n")
+
+    @cached_property
+    def _plain_library(self) -> LibraryTokenizer:
+        """A second one, for texts that may quote special tokens."""
+        library = LibraryTokenizer.from_str(self._document)
+        library.encode_special_tokens = True
+        return library
 
     def _encode_characters(self, text: str) -> np.ndarray:
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
@@ -216,43 +300,3 @@ def _utf8(text: str) -> bytes:
             f"the text has a lone surrogate, {text[error.start]!r}, at position {error.start}",
             "it was not read as UTF-8",
         ) from None
-
-
-def _library_bytes() -> LibraryTokenizer:
-    vocabulary = {character: byte for byte, character in enumerate(_byte_alphabet())}
-    return _library(
-        models.BPE(vocab=vocabulary, merges=[]),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        decoders.ByteLevel(),
-    )
-
-
-def _library_characters(vocabulary: dict[str, int]) -> LibraryTokenizer:
-    return _library(
-        models.WordLevel(vocabulary),
-        # A dot would let line ends through uncut.
-        pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"),
-        decoders.Fuse(),
-    )
-
-
-def _library(
-    model: models.Model, splitter: pre_tokenizers.PreTokenizer, decoder: decoders.Decoder
-) -> LibraryTokenizer:
-    library = LibraryTokenizer(model)
-    library.pre_tokenizer = splitter
-    library.decoder = decoder
-    return library
-
-
-def _byte_alphabet() -> list[str]:
-    """Return the printable character that stands for each byte in GPT-2's byte-level alphabet.
-
-    A printable Latin-1 byte stands for itself; the others take the code points from 256 on.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    alphabet, spare = [], 0x100
-    for byte in range(256):
-        alphabet.append(chr(byte if byte in printable else spare))
-        spare += byte not in printable
-    return alphabet

@@ -21,15 +21,17 @@ def training_flops_per_token(config: Config) -> float:
     model, segments = config.model, config.model.segments
     R = segments.train
     layers = sum(_block(model, spec, config.data.context) for spec in block_specs(model))
-    head = 2.0 * padded_vocabulary(model.vocab_size) * model.d_model
+    width = model.embedding_width or model.d_model
+    head = 2.0 * padded_vocabulary(model.vocab_size) * width
     controller = 2.0 * segments.controller_width * (
         model.d_model + model.n_layers * len(PATHS)) if R > 1 else 0.0
     if R > 1 and segments.feedback:
         controller += 2.0 * model.d_model**2
+    factor = 2.0 * width * model.d_model if model.embedding_width else 0.0
     supervised = sum(1 for w in segments.weights[-R:] if w)
     # With "stop", gradients reach an earlier pass only through its own loss.
     differentiated = R if segments.gradient == "full" else supervised
-    return (layers * (R + 2 * differentiated) + 3 * head * supervised
+    return (layers * (R + 2 * differentiated) + 3 * (head + factor) * supervised + 3 * factor
             + 3 * controller * (R - 1))
 
 

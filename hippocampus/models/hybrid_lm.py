@@ -22,6 +22,8 @@ from hippocampus.models.segment_reasoner import SegmentReasoner
 from hippocampus.ops.cross_entropy import Head
 
 VOCAB_MULTIPLE = 128
+_NOISE = 2**31
+"""Random stream of the token noise; those of the passes are counted from 0."""
 
 
 def padded_vocabulary(vocab_size: int) -> int:
@@ -45,9 +47,13 @@ class HybridLM(nn.Module):
         cfg = self.config
         self.dtype = jnp.dtype(cfg.compute_dtype)
         self.specs = block_specs(cfg)
-        table = nn.initializers.normal(cfg.d_model**-0.5)
-        shape = (padded_vocabulary(cfg.vocab_size), cfg.d_model)
-        self.embedding_VD = self.param("embedding", table, shape)
+        width = cfg.embedding_width or cfg.d_model
+        table = nn.initializers.normal(width**-0.5)
+        shape = (padded_vocabulary(cfg.vocab_size), width)
+        self.embedding_VE = self.param("embedding", table, shape)
+        if cfg.embedding_width:
+            self.embedding_up = nn.Dense(cfg.d_model, use_bias=False, dtype=self.dtype)
+            self.param("head_down", nn.initializers.lecun_normal(), (cfg.d_model, width))
         if cfg.position == "learned":
             self.position_TD = self.param("position_embedding", nn.initializers.normal(0.02),
                                           (cfg.max_length, cfg.d_model))
@@ -93,8 +99,10 @@ class HybridLM(nn.Module):
         """
         cfg, tokens_BT = self.config, batch.tokens_BT
         positions_BT = _positions(batch)
-        x_BTD = self.embedding_VD[tokens_BT].astype(self.dtype) * jnp.asarray(
-            cfg.d_model**0.5, self.dtype)
+        key = self.make_rng("dropout") if train and self.has_rng("dropout") else None
+        if key is not None and cfg.token_noise:
+            tokens_BT = noisy(tokens_BT, cfg.token_noise, jax.random.fold_in(key, _NOISE))
+        x_BTD = self._embed(tokens_BT)
         if cfg.position == "learned":
             x_BTD = x_BTD + self.position_TD[positions_BT].astype(self.dtype)
         x_BTD = self.edit("embedding", x_BTD)
@@ -102,7 +110,6 @@ class HybridLM(nn.Module):
         passes, chosen = cfg.segments.train, None
         if interventions.segments is not None and not train:
             passes, chosen = max(cfg.segments.eval, passes), interventions.segments
-        key = self.make_rng("dropout") if train and self.has_rng("dropout") else None
 
         def stack(x: Array, control_LBTP: Array | None, edit: Edit, r: int) -> tuple[Array, dict]:
             return self._run_stack(x, control_LBTP, batch.document_ids_BT, positions_BT,
@@ -128,7 +135,7 @@ class HybridLM(nn.Module):
     def head(self, params: Any) -> Head:
         """The output layer of a parameter tree."""
         weight = params["embedding" if self.config.tie_embeddings else "head"]
-        return Head(weight, vocab_size=self.config.vocab_size)
+        return Head(weight, vocab_size=self.config.vocab_size, down_DE=params.get("head_down"))
 
     def statistics(self, out: dict[str, Array],
                    weight_BT: Float[Array, "B T"]) -> dict[str, Float[Array, ""]]:
@@ -142,6 +149,12 @@ class HybridLM(nn.Module):
     def init_state(self, batch: Batch) -> dict:
         """What `forward` carries from batch to batch: nothing."""
         return {}
+
+    def _embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Rows of the table, brought to unit size and to the width of the model."""
+        rows_BTE = self.embedding_VE[tokens_BT].astype(self.dtype)
+        x_BTE = rows_BTE * jnp.asarray(rows_BTE.shape[-1]**0.5, self.dtype)
+        return self.embedding_up(x_BTE) if self.config.embedding_width else x_BTE
 
     def _init_layer(self, key: Array, spec: BlockSpec) -> dict:
         block = HybridBlock(self.config, spec, self.dtype, parent=None)
@@ -186,6 +199,17 @@ class HybridLM(nn.Module):
         x0 = rms_normalize(h_BTD, self.config.norm_epsilon)
         velocity = self.flow(x0.astype(self.dtype), jnp.zeros(x0.shape[:2]))
         return self.norm_out(x0 + velocity)
+
+
+def noisy(tokens_BT: Int[Array, "B T"], chance: float, key: Array) -> Int[Array, "B T"]:
+    """Replaces tokens, each with the given chance, by what the next row has in its place.
+
+    That is a draw from the unigram distribution which says nothing of the row's own future.
+
+    Source: Xie et al. 2017 (arXiv:1703.02573), section 3.3 (unigram noising).
+    """
+    replaced_BT = jax.random.bernoulli(key, chance, tokens_BT.shape)
+    return jnp.where(replaced_BT, jnp.roll(tokens_BT, -1, axis=0), tokens_BT)
 
 
 def _positions(batch: Batch) -> Int[Array, "B T"]:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from hippocampus.config import Config
-from hippocampus.data.batches import EvaluationWindows, ShuffledWindows
-from hippocampus.data.corpora import Corpus, load_corpus
-from hippocampus.data.tokenizers import Tokenizer, build_tokenizer
+from hippocampus.data.batches import EvaluationWindows, ShuffledWindows, Streams
+from hippocampus.data.corpora import Corpus, open_corpus
+from hippocampus.data.shards import TokenSplit, token_split
+from hippocampus.data.tokenizers import Tokenizer
+from hippocampus.data.vocabularies import bpe_shortfall, build_tokenizer
 from hippocampus.errors import ConfigError, DataError
 from hippocampus.evaluation.ngrams import ngram_lines
 from hippocampus.runs.run_folder import RunFolder
+
+LINES_TOKENS = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -23,43 +28,74 @@ class TrainingData:
     Attributes:
       corpus: the texts.
       tokenizer: what the ids belong to.
-      train_ids, validation_ids: 1-D.
-      bytes_per_token: of the predicted validation text.
+      train, validation: the splits as ids.
+      note: what a person should know of how the tokenizer came out; "" if nothing.
     """
 
     corpus: Corpus
     tokenizer: Tokenizer
-    train_ids: np.ndarray
-    validation_ids: np.ndarray
-    bytes_per_token: float
+    train: TokenSplit
+    validation: TokenSplit
+    note: str = ""
 
-    def batches(self, config: Config) -> ShuffledWindows:
+    @cached_property
+    def test(self) -> TokenSplit | None:
+        """The test split, tokenized when it is first asked for; None where there is none."""
+        if "test" not in self.corpus.splits:
+            return None
+        return token_split(self.corpus, self.tokenizer, "test")
+
+    @property
+    def train_ids(self) -> np.ndarray:
+        """Training ids, 1-D."""
+        return self.train.ids
+
+    @property
+    def validation_ids(self) -> np.ndarray:
+        """Validation ids, 1-D."""
+        return self.validation.ids
+
+    @cached_property
+    def bytes_per_token(self) -> float:
+        """Of the predicted validation text, which is all but its first token."""
+        ids = self.validation.ids
+        first = self.tokenizer.count_bytes(ids[:1])
+        return (self.validation.n_bytes - first) / max(1, len(ids) - 1)
+
+    def batches(self, config: Config) -> ShuffledWindows | Streams:
         """Training batches, a pure function of (seed, step)."""
-        return ShuffledWindows(self.train_ids, config.data.context, config.train.batch_size,
-                               config.train.seed)
+        kind = Streams if config.data.order == "streams" else ShuffledWindows
+        packed = config.data.documents == "packed"
+        return kind(self.train.ids, config.data.context, config.train.batch_size,
+                    config.train.seed, self.train.document_starts if packed else None,
+                    self.tokenizer.end_id is not None)
 
     def windows(self, config: Config, max_windows: int) -> EvaluationWindows:
         """Validation windows."""
-        return EvaluationWindows(self.validation_ids, config.data.context,
+        return EvaluationWindows(self.validation.ids, config.data.context,
                                  config.eval.batch_size, max_windows)
 
     def lines(self) -> dict[str, float]:
-        """Nats per token of the uniform, unigram, bigram and trigram models."""
-        return ngram_lines(self.train_ids, self.validation_ids, self.tokenizer.vocab_size)
+        """Nats per token of the uniform, unigram, bigram and trigram models.
+
+        Their counts are of the first `LINES_TOKENS` training tokens, which bounds the memory.
+        """
+        return ngram_lines(self.train.ids[:LINES_TOKENS], self.validation.ids,
+                           self.tokenizer.vocab_size)
 
     def record(self) -> str:
         """What the run folder keeps to recognise the text by."""
         return json.dumps({
-            "corpus": self.corpus.name, "sha256": self.corpus.sha256,
-            "tokenizer": self.tokenizer.digest, "train_tokens": len(self.train_ids),
-            "validation_tokens": len(self.validation_ids)}, indent=2) + "\n"
+            "corpus": self.corpus.name, "sha256": self.corpus.digest,
+            "tokenizer": self.tokenizer.digest, "train_tokens": len(self.train.ids),
+            "validation_tokens": len(self.validation.ids)}, indent=2) + "\n"
 
     def check_same_as(self, folder: RunFolder) -> None:
         """Refuses to go on with a run on another text or tokenizer.
 
         Raises:
           ConfigError: what differs.
-      DataError: data.json is missing or damaged.
+          DataError: data.json is missing or damaged.
         """
         try:
             saved = json.loads(folder.data.read_text("utf-8"))
@@ -76,20 +112,19 @@ class TrainingData:
 
 
 def read_data(config: Config) -> TrainingData:
-    """Reads and tokenizes the corpus.
+    """Reads and tokenizes the corpus, or finds it tokenized in the cache.
 
     Raises:
       DataError: missing, empty, binary, or shorter than a window; or it lacks a character of
         `sample.prompt`.
     """
-    corpus = load_corpus(config.data.corpus)
-    tokenizer = build_tokenizer(config.data.tokenizer, corpus.train + corpus.validation)
-    train_ids, validation_ids = map(tokenizer.encode, (corpus.train, corpus.validation))
-    data = TrainingData(
-        corpus, tokenizer, train_ids, validation_ids,
-        tokenizer.count_bytes(validation_ids[1:]) / max(1, len(validation_ids) - 1))
+    corpus = open_corpus(config.data)
+    tokenizer = build_tokenizer(config.data, corpus)
     if not len(tokenizer.encode(config.sample.prompt)):
         raise ConfigError("sample.prompt is empty", "give at least one character")
+    data = TrainingData(corpus, tokenizer, token_split(corpus, tokenizer, "train"),
+                        token_split(corpus, tokenizer, "validation"),
+                        bpe_shortfall(config.data, tokenizer))
     data.batches(config)  # refuses a text shorter than a window
     data.windows(config, 0)
     return data

@@ -5,12 +5,14 @@ Where parameters come from, in this order: the run folder's newest checkpoint, e
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
+import math
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from jax.sharding import Mesh
 from hippocampus.config import Config
 from hippocampus.config_files import fields, read_json, to_json
 from hippocampus.data.batches import Batch
+from hippocampus.data.prefetch import prefetch
 from hippocampus.devices import resolve
 from hippocampus.errors import ConfigError, Stopped
 from hippocampus.evaluation.evaluate import Evaluation, evaluate
@@ -46,8 +49,8 @@ from hippocampus.training.trackers import (
     WeightsAndBiases,
 )
 
-MAY_CHANGE = ("name", "train.steps", "eval.", "checkpoint.", "log.", "sample.", "mesh.",
-              "train.grad_accumulation")
+MAY_CHANGE = ("name", "train.steps", "train.epochs", "train.grad_accumulation", "eval.",
+              "checkpoint.", "log.", "sample.", "mesh.")
 """Fields, or groups of them, that may differ when a run goes on."""
 
 
@@ -96,8 +99,9 @@ def fit(config: Config, workdir: str | Path | None = None) -> Path:
                          config.train.grad_accumulation)
     sharding.check_batch(mesh, config.eval.batch_size, "eval.batch_size")
     data = read_data(config)
-    config, automatic = resolve(dataclasses.replace(config, model=dataclasses.replace(
-        config.model, vocab_size=data.tokenizer.vocab_size)))
+    config = _with_steps(dataclasses.replace(config, model=dataclasses.replace(
+        config.model, vocab_size=data.tokenizer.vocab_size)), data)
+    config, automatic = resolve(config)
     model = build_model(config)
 
     console = RunConsole(config.train.steps, quiet=jax.process_index() > 0)
@@ -149,6 +153,15 @@ def check_resumable(folder: RunFolder, config: Config, automatic: tuple[str, ...
     return notes
 
 
+def _with_steps(config: Config, data: TrainingData) -> Config:
+    """The config with `train.epochs` turned into the steps that they are."""
+    if not config.train.epochs:
+        return config
+    windows = config.train.epochs * data.batches(config).windows_per_epoch
+    steps = max(1, math.ceil(windows / config.train.batch_size))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
+
+
 def _train(config: Config, folder: RunFolder, data: TrainingData, model: Any, mesh: Mesh,
            console: RunConsole, checkpoints: Checkpoints) -> bool:
     """From the newest checkpoint, or the seed, to the last step; False if that was reached."""
@@ -185,9 +198,16 @@ def _train(config: Config, folder: RunFolder, data: TrainingData, model: Any, me
 
 def _loop(run: Run, state: TrainState, done: int, stop: StopSignal) -> None:
     """Steps `done` to the end. The device always has the next step before numbers are fetched."""
-    config, batches = run.config, run.data.batches(run.config)
-    for step in range(done, config.train.steps):
-        state, metrics = run.step_function(state, run.place(batches.batch(step)))
+    with contextlib.closing(prefetch(run.data.batches(run.config), done,
+                                     run.config.train.steps)) as batches:
+        _steps(run, state, done, stop, batches)
+
+
+def _steps(run: Run, state: TrainState, done: int, stop: StopSignal,
+           batches: Iterator[Batch]) -> None:
+    config = run.config
+    for step, batch in enumerate(batches, done):
+        state, metrics = run.step_function(state, run.place(batch))
         _write_pending(run)
         n, last = step + 1, step + 1 == config.train.steps
         if _due(n, config.log.every_steps) or last or step == 0:
@@ -200,7 +220,7 @@ def _loop(run: Run, state: TrainState, done: int, stop: StopSignal) -> None:
                 eval_loss = _evaluate(run, state, n)
         if _due(n, config.log.histogram_every_steps):
             with run.clock.paused():
-                _draw(run, state, n, batches.batch(step))
+                _draw(run, state, n, batch)
         if _due(n, config.sample.every_steps) and not last:  # the end has a sample of its own
             with run.clock.paused():
                 _sample(run, state, n)
@@ -289,9 +309,14 @@ def _greet(console: RunConsole, config: Config, folder: RunFolder, data: Trainin
     console.say(f"{config.name}: {count_parameters(model):,} parameters, "
                 f"{len(jax.devices())} x {jax.devices()[0].device_kind}, "
                 f"{config.model.compute_dtype}, in {folder.path}")
+    unknown = data.validation.n_unknown / len(data.validation_ids)
     console.say(f"{data.corpus.name}: {len(data.train_ids):,} training and "
                 f"{len(data.validation_ids):,} validation tokens ({config.data.tokenizer}, "
-                f"vocabulary {data.tokenizer.vocab_size}), sha256 {data.corpus.sha256[:16]}")
+                f"vocabulary {data.tokenizer.vocab_size}"
+                + (f", {unknown:.2%} of validation unknown" if unknown else "")
+                + f"), sha256 {data.corpus.digest[:16]}")
+    if data.note:
+        console.say(data.note)
 
 
 def _conclude(console: RunConsole, config: Config, folder: RunFolder, data: TrainingData) -> None:

@@ -2,18 +2,36 @@
 
 import hashlib
 import io
+import os
 import sys
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import constants as hub_constants
 
-from hippocampus.data import corpora
-from hippocampus.data.corpora import load_corpus
+from hippocampus.config import DataConfig
+from hippocampus.data import named_texts
+from hippocampus.data import standard_library as library
+from hippocampus.data.corpora import open_corpus
 from hippocampus.errors import DataError
 from hippocampus.files import write_atomically
 
 PLAY = "First Citizen:\r\nSpeak, speak.\n" * 40
+
+
+def load_corpus(name, **fields):
+    """A corpus with the text of its splits."""
+    corpus = open_corpus(DataConfig(corpus=name, **fields))
+    texts = {split: "".join(text for _, text in corpus.chunks(split)) for split in corpus.splits}
+    return SimpleNamespace(name=corpus.name, sha256=corpus.digest, **texts)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """No test waits for the network."""
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +42,7 @@ def pydoc():
 @pytest.fixture
 def standard_library(tmp_path, monkeypatch):
     """An invented standard library: `add(path, source)` puts a file into it."""
-    monkeypatch.setattr(corpora.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(library.sysconfig, "get_path", lambda name: str(tmp_path))
 
     def add(path, source):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +64,8 @@ def shakespeare(tmp_path, monkeypatch):
 
     monkeypatch.setenv("HIPPOCAMPUS_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("HIPPOCAMPUS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(corpora, "SHAKESPEARE_SHA256", hashlib.sha256(PLAY.encode()).hexdigest())
+    right = hashlib.sha256(PLAY.encode()).hexdigest()
+    monkeypatch.setattr(named_texts, "SHAKESPEARE_SHA256", right)
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     return fetched
 
@@ -137,7 +156,7 @@ def test_tinyshakespeare_is_split_as_usual(tinyshakespeare_path, monkeypatch):
     monkeypatch.setenv("HIPPOCAMPUS_DATA", str(tinyshakespeare_path.parent))
     corpus = load_corpus("tinyshakespeare")
     assert (len(corpus.train), len(corpus.validation)) == (1_003_854, 111_540)
-    assert corpus.sha256 == corpora.SHAKESPEARE_SHA256
+    assert corpus.sha256 == named_texts.SHAKESPEARE_SHA256
     assert corpus.train + corpus.validation == tinyshakespeare_path.read_text()
 
 
@@ -145,7 +164,7 @@ def test_tinyshakespeare_is_downloaded_once(shakespeare):
     first = load_corpus("tinyshakespeare")
     assert first.train + first.validation == PLAY
     assert load_corpus("tinyshakespeare") == first
-    assert shakespeare == [corpora.SHAKESPEARE_URL]
+    assert shakespeare == [named_texts.SHAKESPEARE_URL]
 
 
 def test_data_folder_goes_before_the_network(shakespeare, tmp_path):
@@ -169,7 +188,7 @@ def test_file_with_the_wrong_digest_is_refused(shakespeare, tmp_path, folder):
 
 
 def test_wrong_download_is_refused_and_not_kept(shakespeare, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "SHAKESPEARE_SHA256", "0" * 64)
+    monkeypatch.setattr(named_texts, "SHAKESPEARE_SHA256", "0" * 64)
     with pytest.raises(DataError, match="wrong sha256"):
         load_corpus("tinyshakespeare")
     assert not (tmp_path / "cache").exists()
@@ -247,7 +266,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch
     def full_disk(descriptor):
         raise OSError("no space left")
 
-    monkeypatch.setattr(corpora.os, "fsync", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="no space"):
         write_atomically(tmp_path / "file", b"new")
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]

@@ -9,11 +9,15 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import normalizers
 
-from hippocampus.data.tokenizers import Tokenizer, build_tokenizer
-from hippocampus.errors import ConfigError, DataError
+from hippocampus.data.tokenizers import Tokenizer, byte_tokenizer, character_tokenizer
+from hippocampus.errors import DataError
 
 AWKWARD = "Grüße, 東京!\r\n\n\n\tA\u0301 \x00\x85\u2028 <unk> \U0001f469\u200d\U0001f680  end"
 KINDS = ["bytes", "characters"]
+
+
+def build_tokenizer(kind, text):
+    return byte_tokenizer() if kind == "bytes" else character_tokenizer(text)
 
 
 def library_ids(tokenizer, text):
@@ -21,13 +25,13 @@ def library_ids(tokenizer, text):
 
 
 def test_id_of_a_byte_is_its_value():
-    tokenizer = build_tokenizer("bytes", "")
+    tokenizer = byte_tokenizer()
     assert tokenizer.vocab_size == 256
     assert tokenizer.encode(AWKWARD).tolist() == list(AWKWARD.encode())
 
 
 def test_ids_of_characters_are_in_code_point_order():
-    tokenizer = build_tokenizer("characters", "baca\n")
+    tokenizer = character_tokenizer("baca\n")
     assert tokenizer.vocab_size == 4
     assert tokenizer.encode("\nabc").tolist() == [0, 1, 2, 3]
 
@@ -85,11 +89,11 @@ def test_saved_tokenizer_is_read_by_the_library(kind, tmp_path):
 
 
 def test_digest_ignores_spacing_and_order_but_not_the_vocabulary():
-    tokenizer = build_tokenizer("characters", "abc")
+    tokenizer = character_tokenizer("abc")
     content = json.loads(tokenizer.to_json())
     reordered = json.dumps(dict(reversed(content.items())))
     assert Tokenizer(reordered).digest == tokenizer.digest
-    assert build_tokenizer("characters", "abd").digest != tokenizer.digest
+    assert character_tokenizer("abd").digest != tokenizer.digest
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -103,7 +107,7 @@ def test_tokenizer_with_another_part_is_left_to_the_library(kind):
 
 
 def test_characters_may_have_their_ids_in_any_order():
-    content = json.loads(build_tokenizer("characters", "abc").to_json())
+    content = json.loads(character_tokenizer("abc").to_json())
     content["model"]["vocab"] = {"b": 0, "c": 1, "a": 2}
     tokenizer = Tokenizer(json.dumps(content))
     assert tokenizer.kind == "characters"
@@ -111,14 +115,14 @@ def test_characters_may_have_their_ids_in_any_order():
 
 
 def test_bytes_that_are_not_text_become_replacement_characters():
-    tokenizer = build_tokenizer("bytes", "")
+    tokenizer = byte_tokenizer()
     assert tokenizer.decode([0xFF, 0x41]) == "\ufffdA"
     assert tokenizer.decode(list("🙂".encode()[:3])) == "\ufffd"
 
 
 @pytest.mark.parametrize("text", ["abcXa", "abc\U0010ffffa"])
 def test_unknown_character_is_an_error_that_names_it_and_its_place(text):
-    tokenizer = build_tokenizer("characters", "abc")
+    tokenizer = character_tokenizer("abc")
     with pytest.raises(DataError) as caught:
         tokenizer.encode(text)
     assert f"{text[3]!r} at position 3" in caught.value.message
@@ -134,19 +138,14 @@ def test_id_outside_the_vocabulary_is_an_error(kind, index):
 
 def test_lone_surrogate_is_an_error():
     with pytest.raises(DataError, match=r"lone surrogate.* at position 2"):
-        build_tokenizer("bytes", "").encode("ab\udc80")
+        byte_tokenizer().encode("ab\udc80")
     with pytest.raises(DataError, match=r"lone surrogate.* at position 2"):
-        build_tokenizer("characters", "ab\udc80")
+        character_tokenizer("ab\udc80")
 
 
 def test_no_characters_is_an_error():
     with pytest.raises(DataError, match="no characters"):
-        build_tokenizer("characters", "")
-
-
-def test_unknown_kind_is_an_error():
-    with pytest.raises(ConfigError, match="'words' is not one of: bytes, characters"):
-        build_tokenizer("words", "abc")
+        character_tokenizer("")
 
 
 def test_missing_file_is_an_error(tmp_path):

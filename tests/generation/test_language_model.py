@@ -12,7 +12,7 @@ import pytest
 import tiny_run
 
 import hippocampus.sample
-from hippocampus.data.tokenizers import build_tokenizer
+from hippocampus.data.tokenizers import byte_tokenizer
 from hippocampus.errors import CheckpointError, ConfigError, DataError
 from hippocampus.generation import language_model
 from hippocampus.generation.language_model import load
@@ -49,13 +49,13 @@ def test_streamed_pieces_are_the_whole_text(lm):
 
 @pytest.mark.parametrize("text", ["naïve 日本語 🦛!", "plain", "🦛🦛"])
 def test_a_character_of_many_tokens_is_streamed_whole(text):
-    tokenizer = build_tokenizer("bytes", "")
+    tokenizer = byte_tokenizer()
     pieces = list(language_model._pieces(tokenizer, iter(tokenizer.encode(text).tolist())))
     assert "".join(pieces) == text and all(len(piece) == 1 for piece in pieces)
 
 
 def test_bytes_that_are_no_text_come_out_too():
-    tokenizer = build_tokenizer("bytes", "")
+    tokenizer = byte_tokenizer()
     for ids in ([0xE2, 0x82], [0xFF] * 9, [0x41, 0xF0, 0x9F, 0x41]):
         pieces = list(language_model._pieces(tokenizer, iter(ids)))
         assert "\N{REPLACEMENT CHARACTER}" in "".join(pieces)

@@ -9,7 +9,8 @@ import pytest
 
 from hippocampus.config import PATHS
 from hippocampus.data.batches import Batch
-from hippocampus.models.build_model import count_parameters, parameter_shapes
+from hippocampus.models.build_model import build_model, count_parameters, parameter_shapes
+from hippocampus.models.hybrid_lm import noisy
 from hippocampus.models.interventions import Interventions
 from hippocampus.testing import (
     assert_close,
@@ -410,3 +411,43 @@ def test_dropout_acts_in_training_only(built):
     assert not differs(run(keys[0], False), run(keys[1], False))
     assert differs(run(keys[0], True), run(keys[1], True))
     assert not differs(run(keys[0], True), run(keys[0], True))
+
+
+def test_a_narrow_table_is_read_and_written_through_projections(tiny_config, random_parameters):
+    """The logits are those of the wide table that the narrow one and its projections make."""
+    narrow = build_model(tiny_config({"model.embedding_width": 8}))
+    wide = build_model(tiny_config({"model.tie_embeddings": False}))
+    params = random_parameters(narrow)
+    assert params["embedding"].shape == (128, 8)
+    up, down = params["embedding_up"]["kernel"], params["head_down"]
+    assert up.shape == (8, D) and down.shape == (D, 8)
+    rest = {name: tree for name, tree in params.items()
+            if name not in ("embedding", "embedding_up", "head_down")}
+    # A table is scaled to unit size by the root of its own width.
+    table = params["embedding"] @ up * (8 / D) ** 0.5
+    whole = {**rest, "embedding": table, "head": params["embedding"] @ down.T}
+    actual, _ = jax.jit(narrow.apply)({"params": params}, TOKENS)
+    expected, _ = jax.jit(wide.apply)({"params": whole}, TOKENS)
+    assert_close(actual, expected, n_operations=D * D)
+    assert count_parameters(narrow) == sum(
+        leaf.size for leaf in jax.tree.leaves(rest)) + V * 8 + 2 * 8 * D
+
+
+def test_token_noise_reads_the_next_rows_tokens_and_only_in_training(tiny_config):
+    tokens = jnp.arange(4 * 500).reshape(4, 500)
+    read = np.asarray(noisy(tokens, 0.2, jax.random.key(0)))
+    changed = read != np.asarray(tokens)
+    assert 0.15 < changed.mean() < 0.25
+    np.testing.assert_array_equal(read[changed], np.roll(tokens, -1, axis=0)[changed])
+
+    model = build_model(tiny_config({"model.token_noise": 0.5, "model.paths": ("attention",)}))
+    params, batch = first_parameters(model), batch_of(TOKENS)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def embedding(train):
+        return model.apply({"params": params}, batch, method="forward", train=train,
+                           rngs={"dropout": jax.random.key(2)})[1]["embedding"]
+
+    clean, trained = np.asarray(embedding(False)), np.asarray(embedding(True))
+    np.testing.assert_array_equal(clean, params["embedding"][TOKENS] * D**0.5)
+    assert 0.2 < (clean != trained).any(-1).mean() < 0.8
