@@ -73,7 +73,10 @@ def abstract_batch(config: Config, mesh: Mesh) -> Batch:
     def array(dtype: Any) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
 
-    return Batch(array(jnp.int32), array(jnp.int32), array(jnp.float32))
+    batch = Batch(array(jnp.int32), array(jnp.int32), array(jnp.float32))
+    if config.data.documents == "packed":
+        batch = batch.replace(document_ids_BT=array(jnp.int32), positions_BT=array(jnp.int32))
+    return batch
 
 
 def compile_step(config: Config, model: Any, mesh: Mesh, platform: str) -> CompiledStep:

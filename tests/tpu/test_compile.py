@@ -14,11 +14,11 @@ import sys
 import pytest
 import tiny_run
 
-PYTHON = os.environ.get("HIPPOCAMPUS_TPU_PYTHON") or sys.executable
+OTHER_PYTHON = os.environ.get("HIPPOCAMPUS_TPU_PYTHON")
 GIB = 2**30
 
 pytestmark = pytest.mark.skipif(
-    PYTHON == sys.executable and importlib.util.find_spec("libtpu") is None,
+    not OTHER_PYTHON and importlib.util.find_spec("libtpu") is None,
     reason="no libtpu here (./test --full makes an environment that has it)")
 
 TWO_LAYERS = {
@@ -34,7 +34,7 @@ def plan(config: str, topology: str, timeout: float = 300,
            if not name.startswith(("JAX_", "XLA_"))}
     overrides = [f"--config.{name.replace('__', '.')}={value}" for name, value in changes.items()]
     return subprocess.run(
-        [PYTHON, "-m", "hippocampus.plan", f"--config={config}", f"--topology={topology}",
+        [OTHER_PYTHON or sys.executable, "-m", "hippocampus.plan", f"--config={config}", f"--topology={topology}",
          "--json", *overrides], capture_output=True, text=True, env=env, timeout=timeout,
         cwd=tiny_run.ROOT)
 
