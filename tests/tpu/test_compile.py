@@ -34,7 +34,8 @@ def plan(config: str, topology: str, timeout: float = 300,
            if not name.startswith(("JAX_", "XLA_"))}
     overrides = [f"--config.{name.replace('__', '.')}={value}" for name, value in changes.items()]
     return subprocess.run(
-        [OTHER_PYTHON or sys.executable, "-m", "hippocampus.plan", f"--config={config}", f"--topology={topology}",
+        [OTHER_PYTHON or sys.executable, "-m", "hippocampus.plan", f"--config={config}",
+         f"--topology={topology}",
          "--json", *overrides], capture_output=True, text=True, env=env, timeout=timeout,
         cwd=tiny_run.ROOT)
 
