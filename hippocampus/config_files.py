@@ -37,6 +37,23 @@ def defaults(family: str = "hybrid") -> ConfigDict:
     return ConfigDict(values).lock()
 
 
+def start_from(sibling: str, file: str, argument: str = "") -> ConfigDict:
+    """The config of another file, for an experiment that changes some of its fields.
+
+    Args:
+      sibling: name of the other config file, such as "wt103_bpe.py".
+      file: `__file__` of the config that starts from it; both lie in one folder.
+      argument: what the other file is called with.
+
+    Returns:
+      Its ConfigDict, locked, with the fields' defaults filled in by that file.
+
+    Raises:
+      ConfigError: there is no such file, or it fails.
+    """
+    return _config_of(Path(file).parent / sibling, argument).lock()
+
+
 def load_config(source: str | Path | ConfigDict,
                 overrides: Mapping[str, Any] | None = None) -> Config:
     """Reads a config file, applies overrides and checks the whole.
@@ -282,6 +299,11 @@ def _run_config_file(source: str) -> tuple[dict, str]:
     """Executes a config file; returns its values and the run name that goes with its argument."""
     path_text, _, argument = source.partition(".py:")
     path = Path(path_text + ".py" if argument else source)
+    config = _config_of(path, argument)
+    return config.to_dict(), f"{path.stem}-{argument}" if argument else path.stem
+
+
+def _config_of(path: Path, argument: str) -> ConfigDict:
     if path.suffix != ".py" or not path.is_file():
         raise ConfigError(f"no config file at {path}", _nearest_file(path))
     module = types.ModuleType(path.stem)
@@ -304,7 +326,7 @@ def _run_config_file(source: str) -> tuple[dict, str]:
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"{path}: get_config() returned {type(config).__name__}",
                           "it must return the ConfigDict of defaults()")
-    return config.to_dict(), f"{path.stem}-{argument}" if argument else path.stem
+    return config
 
 
 def _config_file_error(path: Path, error: Exception) -> ConfigError:

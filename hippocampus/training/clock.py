@@ -6,6 +6,8 @@ import contextlib
 import time
 from collections.abc import Iterator
 
+import jax
+
 from hippocampus.config import Config
 from hippocampus.devices import choose, this_device
 from hippocampus.models.flops import training_flops_per_token
@@ -44,8 +46,14 @@ class Clock:
             if self._peak:
                 values["train/mfu"] = tokens * self._flops / self._peak
         self._last, self._pause = (step, now), 0.0
-        return values
+        return {**values, **_peak_memory()}
 
     def seconds_left(self, step: int) -> float | None:
         """At the last lap's rate; None before there is one."""
         return (self._steps - step) / self._rate if self._rate else None
+
+
+def _peak_memory() -> dict[str, float]:
+    """The most memory in use so far on this process's first device; nothing where it is unknown."""
+    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return {} if peak is None else {"train/peak_memory_gib": peak / 2**30}
