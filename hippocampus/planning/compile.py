@@ -117,12 +117,23 @@ def out_of_memory(text: str, config: Config, mesh: Mesh) -> OutOfMemoryError | N
     """The compiler's refusal as one line with both sizes; None: it is about something else."""
     if "RESOURCE_EXHAUSTED" not in text and "Ran out of memory" not in text:
         return None
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) (?:hbm|memory)", text)
+    size = r"([\d.]+)([KMGT]?)"
+    whole = re.search(rf"Used {size} of {size} hbm", text)
+    part = re.search(rf"required for (?:HLO )?([\w ]+) \({size}\) exceeds available HBM "
+                     rf"\({size}\)", text)
     sizes = ""
-    if found:
-        used, there = (float(found[i]) * _UNITS[found[i + 1]] / GIB for i in (1, 3))
-        sizes = f": it needs {used:.2f} GiB of each device's usable {there:.2f} GiB"
+    if whole:
+        needs, there = _gib(whole[1], whole[2]), _gib(whole[3], whole[4])
+        sizes = f": it needs {needs:.2f} GiB of each device's usable {there:.2f} GiB"
+    elif part:
+        needs, there = _gib(part[2], part[3]), _gib(part[4], part[5])
+        sizes = (f": {part[1]} alone need {needs:.2f} GiB of each device's usable "
+                 f"{there:.2f} GiB")
     return OutOfMemoryError(f"{config.name} does not fit{sizes}", advice(config, mesh))
+
+
+def _gib(number: str, unit: str) -> float:
+    return float(number) * _UNITS[unit] / GIB
 
 
 def advice(config: Config, mesh: Mesh) -> str:

@@ -167,6 +167,14 @@ def test_a_step_that_does_not_fit_says_both_sizes_and_what_to_change(changes, si
     assert error.hint.startswith(hint) and error.exit_code == 64
 
 
+def test_a_step_whose_temporaries_alone_are_too_large_says_so():
+    text = ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total "
+            "memory required for HLO temporaries (512.00M) exceeds available HBM (0.25G).")
+    error = out_of_memory(text, tiny_run.config(), mesh())
+    assert error.message == ("tiny does not fit: temporaries alone need 0.50 GiB of each device's "
+                             "usable 0.25 GiB")
+
+
 def test_a_full_device_whose_sizes_are_not_said_is_one_line_all_the_same():
     error = out_of_memory("RESOURCE_EXHAUSTED: no room\nat all", tiny_run.config(), mesh())
     assert error.message == "tiny does not fit"
