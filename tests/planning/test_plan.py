@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import types
 
 import pytest
@@ -78,6 +79,13 @@ def test_an_unknown_name_is_refused_with_the_nearest(name, hint):
 def test_every_name_that_is_offered_is_known():
     for name in topologies.known_names():
         assert find_topology(name).chip.memory_bytes > 0
+
+
+def test_every_name_in_the_documentation_is_known():
+    text = (tiny_run.ROOT / "docs/planning.md").read_text()
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    names = [name for row in rows for name in re.findall(r"`([^`]*[x:\d-]+[^`]*)`", row)]
+    assert len(names) >= 8 and all(find_topology(name).n_devices for name in names)
 
 
 @pytest.mark.parametrize(("device", "gib", "bandwidth"), [

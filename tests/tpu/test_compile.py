@@ -92,3 +92,21 @@ def test_what_the_compiler_cannot_make_fit_is_one_line():
     error, hint = done.stderr.splitlines()[-2:]
     assert error.startswith("error: two does not fit: ") and "usable 15." in error
     assert hint.startswith("hint: try ")
+
+
+# What the config needs beside its own settings to fit; docs/planning.md has the figures.
+FULL_SIZE = {"v3:2x2": {}, "v4:2x2x1": {}, "v5e:4x4": {}}
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("topology", FULL_SIZE)
+def test_the_main_model_fits(topology):
+    found = planned("configs/wt103_bpe.py", topology, timeout=3500, **FULL_SIZE[topology])
+    assert found["parameters"] == pytest.approx(97e6, rel=0.02)
+    assert found["tokens_per_step"] == 65_536
+    assert found["fits"] is True
+    assert found["compiled"]["memory"]["total"] < found["memory_bytes_of_device"]
+    assert found["compiled"]["traffic"]["unknown_loops"] == []
+    # Gradients are reduced at least once, in 2 or 4 bytes each.
+    assert found["compiled"]["traffic"]["sent"]["all-reduce"] > 1.5 * 2 * found["parameters"]
