@@ -36,16 +36,18 @@ class Choice:
 
 # First match counts: (platform, pattern of the kind, least compute capability) -> choice.
 # bfloat16 is 2.4-3.2 times slower than float32 on CPUs; a T4 has no fast bfloat16 and no fused
-# attention, and float16 would need loss scaling. Peaks are the vendors' dense figures per JAX
-# device (a v2/v3 device is one core of a chip).
+# attention, and float16 would need loss scaling. Compiled for TPUs, the chunked scan with its
+# gradient moves 12 (v4) to 54 (v3) array-sizes through the memory, the associative one 43 to 72,
+# and takes twice as long to compile. Peaks are the vendors' dense figures per JAX device (a v2/v3
+# device is one core of a chip).
 _TABLE: tuple[tuple[str, str, float, Choice], ...] = (
-    ("tpu", r"v2", 0, Choice("bfloat16", "xla", "associative", 22.5e12)),
-    ("tpu", r"v3", 0, Choice("bfloat16", "xla", "associative", 61.5e12)),
-    ("tpu", r"v4", 0, Choice("bfloat16", "xla", "associative", 275e12)),
-    ("tpu", r"v5 ?lite|v5e", 0, Choice("bfloat16", "xla", "associative", 197e12)),
-    ("tpu", r"v5", 0, Choice("bfloat16", "xla", "associative", 459e12)),
-    ("tpu", r"v6", 0, Choice("bfloat16", "xla", "associative", 918e12)),
-    ("tpu", r"", 0, Choice("bfloat16", "xla", "associative")),
+    ("tpu", r"v2", 0, Choice("bfloat16", "xla", "chunked", 22.5e12)),
+    ("tpu", r"v3", 0, Choice("bfloat16", "xla", "chunked", 61.5e12)),
+    ("tpu", r"v4", 0, Choice("bfloat16", "xla", "chunked", 275e12)),
+    ("tpu", r"v5 ?lite|v5e", 0, Choice("bfloat16", "xla", "chunked", 197e12)),
+    ("tpu", r"v5", 0, Choice("bfloat16", "xla", "chunked", 459e12)),
+    ("tpu", r"v6", 0, Choice("bfloat16", "xla", "chunked", 918e12)),
+    ("tpu", r"", 0, Choice("bfloat16", "xla", "chunked")),
     ("gpu", r"H100|H200|H800|GH200", 9.0, Choice("bfloat16", "cudnn", "associative", 989e12)),
     ("gpu", r"A100|A800", 8.0, Choice("bfloat16", "cudnn", "associative", 312e12)),
     ("gpu", r"L4\b", 8.0, Choice("bfloat16", "cudnn", "associative", 121e12)),
@@ -54,6 +56,55 @@ _TABLE: tuple[tuple[str, str, float, Choice], ...] = (
     ("gpu", r"", 0, Choice("float32", "xla", "associative")),
     ("cpu", r"", 0, Choice("float32", "xla", "chunked")),
 )
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What the vendor states of one JAX device.
+
+    Attributes:
+      memory_bytes: of the main memory (HBM); the runtime keeps a few per cent of it.
+      memory_bandwidth: of the main memory, bytes/s.
+      link_bandwidth: of one link to a neighbour, in one direction, bytes/s.
+      links: links of the whole chip.
+    """
+
+    memory_bytes: int
+    memory_bandwidth: float
+    link_bandwidth: float
+    links: int
+
+
+_GIB = 2**30
+
+# (platform, pattern of the kind) -> facts; first match counts. A v2/v3 device is one of two cores
+# of a chip and has half its memory; a v4/v5p device is a chip whose two cores work as one.
+# TPU memory: cloud.google.com/tpu/docs/{v2,v3,v4,v5e,v5p,v6e}. Links: v2 496 Gbit/s (Norrie et al.
+# 2021, The design process for Google's training chips, table 1); v3 4 x 70 and v4 6 x 50 GB/s
+# (Jouppi et al. 2023, arXiv:2304.01433, table 4); v5e 400, v5p 1200 and v6e 800 GB/s per chip in
+# both directions together (the same pages). GPUs: NVIDIA's datasheets; NVLink, or PCIe for L4, T4.
+_CHIPS: tuple[tuple[str, str, Chip], ...] = (
+    ("tpu", r"v2", Chip(8 * _GIB, 350e9, 62e9, 4)),
+    ("tpu", r"v3", Chip(16 * _GIB, 450e9, 70e9, 4)),
+    ("tpu", r"v4", Chip(32 * _GIB, 1228e9, 50e9, 6)),
+    ("tpu", r"v5 ?lite|v5e", Chip(16 * _GIB, 819e9, 50e9, 4)),
+    ("tpu", r"v5", Chip(95 * _GIB, 2765e9, 100e9, 6)),
+    ("tpu", r"v6", Chip(32 * _GIB, 1640e9, 100e9, 4)),
+    ("gpu", r"H200", Chip(141 * 10**9, 4.8e12, 450e9, 1)),
+    ("gpu", r"H100|H800", Chip(80 * 10**9, 3.35e12, 450e9, 1)),
+    ("gpu", r"A100.*40", Chip(40 * 10**9, 1.555e12, 300e9, 1)),
+    ("gpu", r"A100|A800", Chip(80 * 10**9, 2.039e12, 300e9, 1)),
+    ("gpu", r"L4\b", Chip(24 * 10**9, 300e9, 32e9, 1)),
+    ("gpu", r"T4", Chip(16 * 10**9, 320e9, 16e9, 1)),
+)
+
+
+def chip(device: Device) -> Chip | None:
+    """The vendor's figures for a device, or None where the table has none."""
+    for platform, kind, facts in _CHIPS:
+        if platform == device.platform and re.search(kind, device.kind, re.IGNORECASE):
+            return facts
+    return None
 
 
 def choose(device: Device) -> Choice:

@@ -84,6 +84,18 @@ find_python() {
     "apt install python3.11 python3.11-venv (or: uv python install 3.12), or set HIPPOCAMPUS_PYTHON"
 }
 
+# Prints the first interpreter newer than 3.11 that really runs.
+newer_python() {
+  for candidate in python3.13 python3.12 \
+    "${HOME:-}"/.pyenv/versions/3.13*/bin/python "${HOME:-}"/.pyenv/versions/3.12*/bin/python; do
+    if probe_python "$candidate" >/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  return 1
+}
+
 # --- Accelerator ---------------------------------------------------------------------------------
 
 # A vfio group can belong to any passed-through device; only a TPU host also has one of these.
@@ -294,6 +306,16 @@ set_up_venv() { # EXTRA
   fi
   drop_lock
 }
+
+# Prints the interpreter of a second environment, .venv.tpu, whose jax has the compiler for TPUs
+# (libtpu, 700 MB). It compiles for them on any machine; a newer Python gets a newer compiler.
+tpu_environment() (
+  HIPPOCAMPUS_PYTHON=$(newer_python) || HIPPOCAMPUS_PYTHON=''
+  HIPPOCAMPUS_ACCEL=tpu evidence=tpu
+  venv=$root/.venv.tpu lock=$root/.venv.tpu.lock log=$root/.venv.tpu.setup.log
+  set_up_venv ''
+  echo "$python"
+)
 
 # --- The present interpreter ---------------------------------------------------------------------
 

@@ -9,22 +9,23 @@ import jax
 import jax.numpy as jnp
 
 from hippocampus.config import Config
-from hippocampus.devices import resolve
+from hippocampus.devices import Device, resolve
 from hippocampus.models.hybrid_lm import HybridLM
 
 FAMILIES = {"hybrid": lambda config: HybridLM(config.model, _flow_width(config))}
 
 
-def build_model(config: Config) -> HybridLM:
+def build_model(config: Config, device: Device | None = None) -> HybridLM:
     """The Flax module of a config; reads no data and no weights.
 
     Args:
-      config: from `load_config`; fields that are still "auto" are resolved for this device.
+      config: from `load_config`; fields that are still "auto" are resolved for the device.
+      device: default: the one that JAX sees first.
 
     Raises:
       ConfigError: a backend that this device does not have.
     """
-    config, _ = resolve(config)
+    config, _ = resolve(config, device)
     return FAMILIES[config.model.family](config)
 
 

@@ -29,7 +29,7 @@ def describe(config: Config) -> str:
     model = build_model(config)
     optimizer = build_optimizer(config.optimizer, config.train.steps)
     _, like, _ = sharded_init(model, optimizer, config, mesh)
-    per_device = sum(_bytes(leaf) for leaf in jax.tree.leaves(like))
+    per_device = sum(device_bytes(leaf) for leaf in jax.tree.leaves(like))
     tokens = config.train.batch_size * config.data.context
     return (
         f"{config.name}: the config is good\n"
@@ -44,7 +44,7 @@ def describe(config: Config) -> str:
         f"mesh                  {dict(mesh.shape)}\n")
 
 
-def _bytes(leaf: jax.ShapeDtypeStruct) -> int:
+def device_bytes(leaf: jax.ShapeDtypeStruct) -> int:
     """Of one device's share of an array."""
     key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # two 32-bit words
     shape = leaf.sharding.shard_shape(leaf.shape)

@@ -45,16 +45,25 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
             f"({devices[0].device_kind}, {jax.process_count()} processes)",
             "start every process, and check the accelerator with python -m hippocampus.doctor; "
             "or set --expect_devices / mesh.devices to what is there")
+    return jax.make_mesh(mesh_sizes(config, len(devices)), MESH_AXES, devices=devices,
+                         axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def mesh_sizes(config: MeshConfig, n_devices: int) -> tuple[int, ...]:
+    """The size of every axis of `MESH_AXES` over a number of devices.
+
+    Raises:
+      ConfigError: they do not multiply to that number.
+    """
     fixed = config.fsdp * config.tensor * config.sequence
-    data = len(devices) // fixed if config.data == -1 else config.data
+    data = n_devices // fixed if config.data == -1 else config.data
     sizes = (data, config.fsdp, config.tensor, config.sequence)
-    if data < 1 or int(np.prod(sizes)) != len(devices):
+    if data < 1 or int(np.prod(sizes)) != n_devices:
         asked = " * ".join(f"mesh.{axis}={size}"
                            for axis, size in zip(MESH_AXES, sizes, strict=True))
-        raise ConfigError(f"{asked} is not the number of devices, {len(devices)}",
+        raise ConfigError(f"{asked} is not the number of devices, {n_devices}",
                           "set mesh.data=-1 and axes that divide the number of devices")
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES),
-                         devices=devices)
+    return sizes
 
 
 def check_batch(mesh: Mesh, batch_size: int, name: str, micro_batches: int = 1) -> None:

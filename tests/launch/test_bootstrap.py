@@ -561,12 +561,41 @@ def test_nothing_is_installed_when_nothing_is_missing(present):
 
 
 def test_lint_comes_before_the_tests(checkout):
-    done = checkout.sh("./test", "--full", "-k", "a or b")
+    done = checkout.sh("./test", "--full", "-k", "a or b", HIPPOCAMPUS_TPU_PYTHON="/python")
     calls = checkout.calls()
     assert modules(calls)[-3:] == ["ruff", "mypy", "pytest"]
     assert "importlinter" in calls[-2][2]
     assert calls[-1] == ("python3.11", "-m", "pytest", "-q", "--full", "-k", "a or b")
     assert done.stdout == "pytest on 3.11, JAX_PLATFORMS=cpu\n"
+
+
+def test_the_slow_tests_get_a_second_environment_for_the_tpu_compiler(checkout):
+    checkout.python("python3.12", version="3.12")
+    assert checkout.sh("./test", "--full").returncode == 0
+    installs = [call for call in checkout.calls() if "install" in call]
+    assert [(call[0], call[-1]) for call in installs] == [
+        ("python3.11", ".[dev]"), ("python3.12", ".[tpu]")]
+    again = checkout.sh("./test", "--full")
+    assert again.returncode == 0 and "Setting up" not in again.stderr
+    assert len([call for call in checkout.calls() if "install" in call]) == 2
+
+
+@pytest.mark.parametrize("arguments", [[], ["--fullest"]])
+def test_the_quick_tests_need_no_second_environment(checkout, arguments):
+    assert checkout.sh("./test", *arguments).returncode == 0
+    assert not (checkout.root / ".venv.tpu").exists()
+
+
+def test_the_slow_tests_run_without_a_tpu_compiler_where_none_can_be_installed(checkout):
+    checkout.python("python3.12", version="3.12")
+    done = checkout.sh("./test", "--full", FAKE_FAILS="pip@3.12")
+    assert done.returncode == 0 and "there is no compiler for TPUs here" in done.stderr
+    assert checkout.calls()[-1][:3] == ("python3.11", "-m", "pytest")
+
+
+def test_a_tpu_compiler_of_ones_own_is_taken(checkout):
+    assert checkout.sh("./test", "--full", HIPPOCAMPUS_TPU_PYTHON="/python").returncode == 0
+    assert not (checkout.root / ".venv.tpu").exists()
 
 
 @pytest.mark.parametrize("tool", ["ruff", "mypy"])

@@ -1,0 +1,1 @@
+"""What a training step needs on a machine that is not there: memory, traffic and a time bound."""
