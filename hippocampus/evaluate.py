@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from hippocampus import distributed
 from hippocampus.verbs import Parser, run_verb
 
 
@@ -24,17 +25,26 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--batch_size", type=int, help="windows at once (default: the run's)")
     parser.add_argument("--out", metavar="DIR", help="folder of the JSON and CSV files (default: "
                         "evaluations/ in the run folder)")
+    distributed.add_flags(parser)
     flags = parser.parse_args(arguments)
+    distributed.initialize(flags.coordinator_address, flags.num_processes, flags.process_id)
 
     from rich.console import Console
 
-    from hippocampus.evaluation.stand_alone import Request, evaluate_run
+    from hippocampus.config import MeshConfig
+    from hippocampus.evaluation.stand_alone import Request, Spread, evaluate_run
+    from hippocampus.training import sharding
 
-    console = Console(highlight=False)
+    mesh = sharding.make_mesh(MeshConfig(devices=flags.expect_devices))
+    first = distributed.is_first()
+    spread = Spread(lambda batch: sharding.to_devices(batch, mesh), sharding.replicated(mesh),
+                    mesh.size, first) if mesh.size > 1 else Spread()
+    console = Console(highlight=False, quiet=not first)
     request = Request(flags.split, flags.text, flags.step, flags.weights, flags.context,
                       flags.stride, flags.batch_size)
-    report, path = evaluate_run(flags.workdir, request, flags.out,
-                                _track if console.is_terminal else _quiet)
+    with sharding.around(mesh):
+        report, path = evaluate_run(flags.workdir, request, flags.out,
+                                    _track if console.is_terminal and first else _quiet, spread)
     console.print(report.render())
     console.print(f"\n{path}", soft_wrap=True)
 

@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import jax
+
 from hippocampus.config import Config
 from hippocampus.config_files import read_json
 from hippocampus.data.batches import Batch
@@ -47,10 +49,28 @@ class Request:
     batch_size: int | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """How the work lies on devices; by default on one.
+
+    Attributes:
+      place: puts a batch where it belongs.
+      sharding: of every parameter; None = whole, on one device.
+      ways: batches are rounded up to a multiple of it.
+      writes: whether this process is the one that writes files.
+    """
+
+    place: Callable[[Batch], Batch] = lambda batch: batch
+    sharding: jax.sharding.Sharding | None = None
+    ways: int = 1
+    writes: bool = True
+
+
 def evaluate_run(
     path: str | Path, request: Request, out: str | Path | None = None,
     track: Callable[[Iterable[Batch], str, int], Iterable[Batch]] = lambda batches, *_: batches,
-) -> tuple[Report, Path]:
+    spread: Spread = Spread(),
+) -> tuple[Report, Path | None]:
     """Evaluates a run folder and writes the JSON and CSV files.
 
     Args:
@@ -58,9 +78,10 @@ def evaluate_run(
       request: what to evaluate.
       out: folder of the files; None = `evaluations/` in the run folder.
       track: wraps the batches, given a name and their number, to show progress.
+      spread: over which devices.
 
     Returns:
-      The report, and the JSON file.
+      The report, and the JSON file (None where another process writes it).
 
     Raises:
       ConfigError: a setting that does not go with the model, or a folder that cannot be written.
@@ -73,18 +94,21 @@ def evaluate_run(
                         "hippocampus.train --config=configs/quickstart.py")
     config, _ = read_json(folder.config)
     windows = choose_windows(config, request)
+    windows = dataclasses.replace(
+        windows, batch_size=-(-windows.batch_size // spread.ways) * spread.ways)
     out = Path(out) if out is not None else folder.evaluations
-    check_writable(out)
+    if spread.writes:
+        check_writable(out)
     text, lines, notes = _read(folder, config, Tokenizer.load(folder.tokenizer), request)
     cut = text.windows(windows.context, windows.stride, windows.batch_size)
-    models = load_weights(folder, request.weights, request.step)
+    models = load_weights(folder, request.weights, request.step, spread.sharding)
     evaluations = {
         name: evaluate(lm.model, lm.params, track(cut, f"{WEIGHTS[name]} weights", len(cut)),
-                       text.bytes_per_token, words_per_token=text.words_per_token)
+                       text.bytes_per_token, spread.place, text.words_per_token)
         for name, lm in models.items()}
     report = make_report(evaluations, text, windows, lines, notes, config=config,
                          step=next(iter(models.values())).step, run=folder.path)
-    return report, report.write(out)
+    return report, report.write(out) if spread.writes else None
 
 
 def choose_windows(config: Config, request: Request) -> Windows:
@@ -113,7 +137,8 @@ def choose_windows(config: Config, request: Request) -> Windows:
     return Windows(context, stride, batch_size)
 
 
-def load_weights(folder: RunFolder, weights: str, step: int | None) -> dict[str, LanguageModel]:
+def load_weights(folder: RunFolder, weights: str, step: int | None,
+                 sharding: jax.sharding.Sharding | None = None) -> dict[str, LanguageModel]:
     """The models of one step by their weights, "raw" before "ema".
 
     A run that keeps no average has raw weights only.
@@ -126,7 +151,7 @@ def load_weights(folder: RunFolder, weights: str, step: int | None) -> dict[str,
         "raw" if weights == "both" else weights,)
     models: dict[str, LanguageModel] = {}
     for name in names:
-        models[name] = load(folder.path, weights=name, step=step)
+        models[name] = load(folder.path, weights=name, step=step, sharding=sharding)
         step = models[name].step  # a run that goes on may save a better one in between
     return models
 

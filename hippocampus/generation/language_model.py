@@ -148,13 +148,15 @@ class LanguageModel:
         return jnp.asarray(tokens)
 
 
-def load(path: str | Path, *, weights: str = "ema", step: int | None = None) -> LanguageModel:
+def load(path: str | Path, *, weights: str = "ema", step: int | None = None,
+         sharding: jax.sharding.Sharding | None = None) -> LanguageModel:
     """Opens a run folder.
 
     Args:
       path: the folder that training wrote.
       weights: "ema" (the running average; raw if the run keeps none) or "raw".
       step: a saved step; default: the best one.
+      sharding: where every parameter goes; default: whole, to this process's first device.
 
     Raises:
       DataError: no run folder there.
@@ -179,7 +181,7 @@ def load(path: str | Path, *, weights: str = "ema", step: int | None = None) -> 
             raise CheckpointError(f"{folder.path} has no step {chosen}",
                                   f"saved: {', '.join(map(str, checkpoints.steps)) or 'none'}")
         name = "ema" if weights == "ema" and config.ema.decay else "params"
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
                             parameter_shapes(model))
         params = checkpoints.restore(chosen, {name: like})[name]

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -113,6 +114,17 @@ def train(workdir: Path, n: int, n_devices: int, changes: Any = None, *,
         if not any("address already in use" in line.lower()
                    for process in processes for line in process.stderr):
             break
+    return processes
+
+
+def evaluate(workdir: Path, n: int) -> list[Process]:
+    """Evaluates a run on n processes of one device each."""
+    port = free_port()
+    commands = [[sys.executable, "-m", "hippocampus.evaluate", f"--workdir={workdir}",
+                 f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={n}",
+                 f"--process_id={i}", f"--expect_devices={n}"] for i in range(n)]
+    with started(commands, 1) as processes:
+        wait(processes)
     return processes
 
 

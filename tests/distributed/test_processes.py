@@ -92,6 +92,14 @@ def test_two_processes_stopped_through_one_of_them_end_with_the_bits_of_one_proc
                for name in ("one", "two")]
     assert samples[0] == samples[1] and set(samples[0]) == {"8.txt", "best.txt"}
 
+    measured = processes.evaluate(tmp_path / "two", 2)
+    assert codes(measured) == [0, 0], measured[0].stderr[-5:]
+    assert any(line.startswith("tokenizer bytes") for line in measured[0].stdout)
+    assert not any(line.startswith("tokenizer bytes") for line in measured[1].stdout)
+    rows = json.loads((tmp_path / "two" / results[0]["evaluation"]).read_text())["rows"]
+    (averaged,) = (row for row in rows if row["weights"] == "ema")
+    assert averaged["nats_per_token"] == pytest.approx(results[0]["final/loss"], rel=1e-6)
+
 
 def test_processes_that_were_not_started_alike_end_with_one_line(tmp_path):
     found = train(tmp_path / "run", 2, 1, RUN, of_process={1: {"train__seed": 3}})
