@@ -38,7 +38,7 @@ def _python(arguments, folder):
 
 def test_the_readme_has_commands_and_python():
     assert [language for language, _ in BLOCKS].count("python") == 1
-    for verb in ("train", "sample", "doctor"):
+    for verb in ("train", "sample", "evaluate", "compare", "doctor"):
         assert any(f"hippocampus.{verb}" in line for line in COMMANDS), verb
 
 
