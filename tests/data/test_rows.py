@@ -52,6 +52,15 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setenv("HIPPOCAMPUS_CACHE", str(tmp_path / "cache"))
 
 
+def online(monkeypatch, endpoint):
+    """A hub at another address."""
+    import datasets
+
+    for module in (hub_constants, datasets.config):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub_constants, "ENDPOINT", endpoint)
+
+
 def parquet(path, texts, column="text"):
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"number": range(len(texts)), column: texts}), path)
@@ -280,8 +289,7 @@ def test_offline_hub_is_an_error_at_once():
 
 
 def test_unreachable_hub_is_found_out_in_seconds_and_the_flags_are_put_back(monkeypatch):
-    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub_constants, "ENDPOINT", "http://127.0.0.1:9")
+    online(monkeypatch, "http://127.0.0.1:9")
     began = time.monotonic()
     with pytest.raises(DataError, match=r"127\.0\.0\.1:9 cannot be reached"):
         open_corpus(DataConfig(corpus="Salesforce/wikitext"))
@@ -296,8 +304,7 @@ def test_hub_that_never_answers_is_given_up(monkeypatch):
 
     server = HTTPServer(("127.0.0.1", 0), Silent)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub_constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    online(monkeypatch, f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr(rows, "HUB_TIMEOUT_SECONDS", 0.2)
     try:
         with pytest.raises(DataError, match="cannot be reached"):
