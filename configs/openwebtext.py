@@ -1,7 +1,9 @@
 """OpenWebText, read as a stream: the model of wt103_bpe on 9 billion tokens of the web.
 
-The text is never kept: it is read over the network once, tokenized piece by piece into shards of
-about 18 GB, and training reads those. The first 5,000 documents are held out.
+The text is never kept: it is read over the network, tokenized piece by piece in bounded memory into
+shards of about 18 GB, and training reads those. A build that was interrupted keeps its finished
+pieces but downloads what they were made of again; with --config.data.streaming=false the text is
+kept instead (40 GB). The first 5,000 documents are held out.
 
 Command:   python -m hippocampus.train --config=configs/openwebtext.py
 Tokens:    20,000 steps of 480 x 1,024 = 9.8 billion, about once through the text

@@ -1,4 +1,4 @@
-"""wikitext-mini: 8.5 MB of English to train on, WikiText's validation articles to be measured by.
+"""wikitext-mini: 7.3 MB of English to train on, WikiText's validation articles to be measured by.
 
 The architecture of wt103_bpe at a size for one device and a few minutes, for honest comparisons of
 small models. It is NOT WikiText-103: the training text is Wikipedia articles, fairy tales and

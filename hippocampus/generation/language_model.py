@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -159,7 +160,7 @@ def load(path: str | Path, *, weights: str = "ema", step: int | None = None,
       sharding: where every parameter goes; default: whole, to this process's first device.
 
     Raises:
-      DataError: no run folder there.
+      DataError: no run folder there, or a tokenizer that does not belong to it.
       CheckpointError: nothing saved yet, no such step, or damaged files.
       ConfigError: unknown `weights`.
     """
@@ -172,6 +173,7 @@ def load(path: str | Path, *, weights: str = "ema", step: int | None = None,
     config, automatic = read_json(folder.config)
     config, _ = resolve(config, automatic=automatic)
     tokenizer = Tokenizer.load(folder.tokenizer)
+    _check_tokenizer(folder, tokenizer, config)
     model = build_model(config)
     if not folder.steps.is_dir():
         raise CheckpointError(f"{folder.path} has no checkpoint yet", "let it train a little")
@@ -186,6 +188,17 @@ def load(path: str | Path, *, weights: str = "ema", step: int | None = None,
                             parameter_shapes(model))
         params = checkpoints.restore(chosen, {name: like})[name]
     return LanguageModel(model, params, tokenizer, config, chosen)
+
+
+def _check_tokenizer(folder: RunFolder, tokenizer: Tokenizer, config: Config) -> None:
+    """Refuses a tokenizer that is not the one that the run was trained with."""
+    saved = json.loads(folder.data.read_text("utf-8")) if folder.data.exists() else {}
+    then = str(saved.get("tokenizer", tokenizer.digest))
+    if then != tokenizer.digest or tokenizer.vocab_size > config.model.vocab_size:
+        raise DataError(
+            f"{folder.tokenizer} is not the tokenizer that the run was trained with "
+            f"({then[:12]}… of {config.model.vocab_size} ids then, {tokenizer.digest[:12]}… of "
+            f"{tokenizer.vocab_size} now)", "restore it from a copy")
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -177,7 +177,7 @@ def cut_metrics(path: Path, step: int) -> None:
 def environment() -> dict[str, Any]:
     """What a reader needs to reproduce a number: versions, commit, devices, flags, command."""
     packages = ("hippocampus", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy",
-                "tokenizers", "datasets")
+                "tokenizers", "datasets", "grain")
     versions = {}
     for name in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -12,7 +12,7 @@ import pytest
 import tiny_run
 
 import hippocampus.sample
-from hippocampus.data.tokenizers import byte_tokenizer
+from hippocampus.data.tokenizers import byte_tokenizer, character_tokenizer
 from hippocampus.errors import CheckpointError, ConfigError, DataError
 from hippocampus.generation import language_model
 from hippocampus.generation.language_model import load
@@ -236,3 +236,10 @@ def test_sample_verb_prints_the_prompt_and_its_continuation(capsys, folder, lm):
                              "--temperature=0.5", "--top_k=9", "--seed=4"])
     wanted = lm.generate("the ", max_new_tokens=12, temperature=0.5, top_k=9, seed=4)
     assert capsys.readouterr().out == f"the {wanted}\n"
+
+
+def test_a_tokenizer_of_another_run_is_refused_by_its_hash(tmp_path):
+    run = shutil.copytree(tiny_run.trained(), tmp_path / "run")
+    character_tokenizer("abc").save(run / "tokenizer.json")
+    with pytest.raises(DataError, match="is not the tokenizer that the run was trained with"):
+        load(run)
