@@ -1,16 +1,14 @@
 """The typed schema of a run: every field with its default, its check and its meaning.
 
-This is the only place with defaults, ranges and cross-field checks. A config file starts from
-`defaults(family)`, changes what its experiment needs, and is turned at once into the frozen
-dataclasses below by `hippocampus.config_files.load_config`.
+This is the only place with defaults and ranges (what fields must be to each other stands in
+`hippocampus.config_checks`). A config file starts from `defaults(family)`, changes what its
+experiment needs, and is turned at once into the frozen dataclasses below by
+`hippocampus.config_files.load_config`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -377,100 +375,3 @@ def depth(model: HybridConfig, layer: int) -> int:
     """Retrieval steps K of a layer: the schedule's entry, whose last number repeats."""
     schedule = model.hopfield.depth_schedule
     return schedule[min(layer, len(schedule) - 1)]
-
-
-def check_together(config: Config) -> Config:
-    """Checks what no single field can be checked for; returns the same config.
-
-    Raises:
-      ConfigError: with the fields and the numbers that do not fit.
-    """
-    train, model = config.train, config.model
-
-    def divides(name: str, size: int, by_name: str, by: int) -> None:
-        if size % by:
-            near = max(by, size - size % by)
-            raise ConfigError(f"{name} = {size} is not a multiple of {by_name} = {by}",
-                              f"the nearest multiple is {near}")
-
-    if not config.name or config.name in (".", "..") or set(config.name) & set("/\\\0"):
-        raise ConfigError(f"name is {config.name!r}", "use a plain folder name")
-    divides("train.batch_size", train.batch_size,
-            "train.grad_accumulation", train.grad_accumulation)
-    divides("model.d_model", model.d_model, "model.n_heads", model.n_heads)
-    if not model.paths or len(set(model.paths)) != len(model.paths):
-        raise ConfigError(f"model.paths is {model.paths}", f"name each of {', '.join(PATHS)} once")
-    used = {path for paths in layer_paths(model) for path in paths}
-    if "attention" in used and model.attention.n_kv_heads:
-        divides("model.n_heads", model.n_heads, "model.attention.n_kv_heads",
-                model.attention.n_kv_heads)
-    rotary = ("attention" in used and model.position == "rope") or (
-        "hopfield" in used and model.hopfield.rope)
-    if rotary and model.d_model // model.n_heads % 2:
-        raise ConfigError(f"rotary positions need an even head width, not model.d_model / "
-                          f"model.n_heads = {model.d_model // model.n_heads}",
-                          "change model.n_heads, or take model.position=learned")
-    if "ssm" in used:
-        inner = model.ssm.expansion * model.d_model
-        if not math.isclose(inner, round(inner)):
-            raise ConfigError(f"model.ssm.expansion * model.d_model = {inner:g} is not whole",
-                              "choose an expansion such as 1, 1.5 or 2")
-        divides("model.ssm.expansion * model.d_model", round(inner), "model.n_heads", model.n_heads)
-    if not model.hopfield.depth_schedule:
-        raise ConfigError("model.hopfield.depth_schedule is empty", "give at least one number")
-    if model.segments.train > 1 and model.segments.eval < model.segments.train:
-        raise ConfigError(f"model.segments.eval = {model.segments.eval} is less than "
-                          f"model.segments.train = {model.segments.train}",
-                          "evaluation needs at least the passes of training")
-    if not model.segments.weights or model.segments.weights[-1] <= 0:
-        raise ConfigError("the last of model.segments.weights must be above 0",
-                          "the last pass is the one that predicts")
-    if config.loss.rectified_flow.segment_weight and model.segments.train < 2:
-        raise ConfigError("loss.rectified_flow.segment_weight needs model.segments.train of at "
-                          "least 2", "it is the flow from the first pass to the last")
-    _check_data(config.data)
-    for pattern, axes in config.mesh.rules:
-        named = [axis.strip() for part in axes.split(",") for axis in part.split("+")
-                 if axis.strip() != "-"]
-        if (unknown := set(named) - set(MESH_AXES)) or len(set(named)) < len(named):
-            wrong = f"the axis {sorted(unknown)[0]!r}" if unknown else "an axis twice"
-            raise ConfigError(f"mesh.rules names {wrong} for {pattern!r}",
-                              f"known: {', '.join(MESH_AXES)}, -; each once")
-    divides("data.context", config.data.context, "mesh.sequence", config.mesh.sequence)
-    if model.position == "learned" and 0 < model.max_length < config.data.context:
-        raise ConfigError(f"model.max_length = {model.max_length} is less than data.context = "
-                          f"{config.data.context}", "learned positions need a row per token")
-    context = config.eval.context or config.data.context
-    if config.eval.stride > context:
-        raise ConfigError(f"eval.stride = {config.eval.stride} is more than the evaluation's "
-                          f"context of {context}", "tokens would be left out; 0 = disjoint windows")
-    if model.position == "learned" and context > (model.max_length or config.data.context):
-        raise ConfigError(f"eval.context = {context} is more than the learned positions, "
-                          f"{model.max_length or config.data.context}",
-                          "raise model.max_length, or take model.position=rope")
-    return config
-
-
-def _check_data(data: DataConfig) -> None:
-    """Refuses fields of `data` that contradict each other."""
-    is_path = "/" in data.tokenizer or data.tokenizer.endswith(".json")
-    if data.tokenizer not in TOKENIZERS and not is_path:
-        near = difflib.get_close_matches(data.tokenizer, TOKENIZERS, n=1)
-        raise ConfigError(f"data.tokenizer is {data.tokenizer!r}; it must be one of "
-                          f"{', '.join(TOKENIZERS)}, or the path of a tokenizer.json",
-                          f"did you mean {near[0]}?" if near else "a path has a / or ends in .json")
-    if data.vocab_size and data.tokenizer not in ("bpe", "words"):
-        raise ConfigError(f"data.vocab_size = {data.vocab_size} has no meaning for "
-                          f"data.tokenizer = {data.tokenizer}", "only bpe and words have a choice")
-    smallest = {"bpe": 257, "words": 3}.get(data.tokenizer, 0)
-    if 0 < data.vocab_size < smallest:
-        raise ConfigError(f"data.vocab_size = {data.vocab_size} is less than {smallest}",
-                          f"{data.tokenizer} needs {smallest - 1} ids before the first word")
-    try:
-        re.compile(data.document_start)
-    except re.error as error:
-        raise ConfigError(f"data.document_start is not a regular expression: {error}",
-                          "WikiText's articles begin with '^ = [^=].* = $'") from None
-    if data.test_files and not data.validation_files:
-        raise ConfigError("data.test_files is set without data.validation_files",
-                          "name the files to validate on too")

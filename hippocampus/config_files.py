@@ -24,7 +24,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from hippocampus.config import FAMILIES, Config, check_together
+from hippocampus.config import FAMILIES, Config
+from hippocampus.config_checks import check_together
 from hippocampus.errors import ConfigError, DataError, HippocampusError
 
 FORMAT = 1

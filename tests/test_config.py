@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hippocampus.config import FAMILIES, Config, HybridConfig, check_together, layer_paths
+from hippocampus.config import FAMILIES, Config, HybridConfig, layer_paths
+from hippocampus.config_checks import check_together
 from hippocampus.config_files import (
     FORMAT,
     check_value,

@@ -22,9 +22,9 @@ STEPS = 3
 COMMON: dict[str, Any] = {
     "train__steps": 12, "optimizer__epsilon": 1.0, "optimizer__learning_rate": 0.3,
     "model__compute_dtype": "float32", "model__paths": ("ssm", "hopfield", "attention"),
-    "model__hopfield__depth_schedule": (2,), "loss__backend": "full"}
+    "model__hopfield__depth_schedule": (2,), "loss__backend": "chunked"}
 MODELS: dict[str, dict[str, Any]] = {
-    "attention": {**COMMON, "model__paths": ("attention",)},
+    "attention": {**COMMON, "model__paths": ("attention",), "loss__backend": "full"},
     "everything": {
         **COMMON, "model__hopfield__patterns": "both", "model__hopfield__n_slots": 8,
         "model__segments__train": 2, "model__segments__weights": (0.3, 1.0),
@@ -35,7 +35,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "packed": {
         **COMMON, "model__n_layers": 2, "model__scan_layers": True, "model__remat": "dots",
         "model__ssm__kind": "diagonal", "model__hopfield__rope": True, "model__dropout": 0.1,
-        "model__attention__window": 5, "train__grad_accumulation": 2},
+        "model__attention__window": 5, "train__grad_accumulation": 2,
+        "model__embedding_width": 8, "model__token_noise": 0.1},
 }
 
 

@@ -219,6 +219,7 @@ def test_every_parameter_but_vectors_is_spread_over_fsdp_and_tensor(monkeypatch,
         model__d_model=256, model__n_heads=4, model__mixer__width=32, model__mlp__width=512,
         model__segments__controller_width=32, model__vocab_size=30_000, model__ssm__kind=kind,
         model__ssm__input_scale=True, loss__rectified_flow__segment_weight=0.1,
+        model__embedding_width=8,
         **{**eight_devices.MODELS["everything"], "model__hopfield__n_slots": 64}))
     shapes = parameter_shapes(build_model(config))
     specs = jax.tree.leaves_with_path(tree_shardings(Mesh222(), shapes, config.mesh.rules),
@@ -228,8 +229,8 @@ def test_every_parameter_but_vectors_is_spread_over_fsdp_and_tensor(monkeypatch,
         axes = {axis for part in spec if part for axis in
                 ((part,) if isinstance(part, str) else part)}
         (spread if axes else whole)[path_name(path)] = (leaf, axes)
-    for name in ("embedding", "head", "position_embedding", "layers_0/ssm/conv_kernel",
-                 "layers_0/hopfield/slots", "layers_0/mixer/hidden/kernel",
+    for name in ("embedding", "head", "embedding_up/kernel", "head_down", "position_embedding",
+                 "layers_0/ssm/conv_kernel", "layers_0/hopfield/slots", "layers_0/mixer/hidden/kernel",
                  "reasoner/controller/hidden/kernel", "reasoner/feedback/kernel",
                  "flow/hidden/kernel", "flow/out/kernel", "layers_0/mlp/up/kernel",
                  "layers_0/ssm/gates/kernel" if kind == "gated" else "layers_0/ssm/log_decay"):
