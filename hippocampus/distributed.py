@@ -276,10 +276,10 @@ def _round() -> str:
 def _number(variable: str, given: int | None) -> int | None:
     if given is not None or not os.environ.get(variable):
         return given
-    try:
-        return int(os.environ[variable])
-    except ValueError:
-        raise ConfigError(f"{variable} is {os.environ[variable]!r}", "it must be a number") from None
+    text = os.environ[variable]
+    if not text.isdecimal():
+        raise ConfigError(f"{variable} is {text!r}", "it must be a number")
+    return int(text)
 
 
 def _heartbeat_seconds() -> int:

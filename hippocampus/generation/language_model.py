@@ -160,7 +160,7 @@ def load(path: str | Path, *, weights: str = "ema", step: int | None = None) -> 
       CheckpointError: nothing saved yet, no such step, or damaged files.
       ConfigError: unknown `weights`.
     """
-    folder = RunFolder(Path(path))
+    folder = RunFolder.at(path)
     if weights not in ("ema", "raw"):
         raise ConfigError(f"weights is {weights!r}", "it must be ema or raw")
     if not folder.is_run():

@@ -40,7 +40,7 @@ class RunFolder:
         Raises:
           ConfigError: a URL, such as gs://…: a run needs a file system (docs/distributed.md).
         """
-        if match := re.match(r"([a-z][a-z0-9+.-]*):/", str(place)):
+        if match := re.match(r"([a-z][a-z0-9+.-]+):/", str(place)):
             raise ConfigError(
                 f"the run folder {place} is not on a file system ({match[1]}://)",
                 "train into a mounted or local folder and copy it; docs/distributed.md says how")

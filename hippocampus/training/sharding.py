@@ -119,8 +119,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def process_rows(mesh: Mesh, batch_size: int) -> slice:
     """The rows of a global batch that this process's devices need: all that it has to read."""
-    rows = [index[0].indices(batch_size) for index in
-            batch_sharding(mesh, 1).addressable_devices_indices_map((batch_size,)).values()]
+    indices = batch_sharding(mesh, 1).addressable_devices_indices_map((batch_size,)).values()
+    rows = [index[0].indices(batch_size) for index in indices if index is not None]
     return slice(min(first for first, _, _ in rows), max(stop for _, stop, _ in rows))
 
 
@@ -142,7 +142,8 @@ def to_devices(batch: Any, mesh: Mesh, rows: slice | None = None,
             return jax.device_put(array, sharding)
         shape = (batch_size or len(array), *array.shape[1:])
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             start, stop, _ = index[0].indices(shape[0])
             return array[(slice(start - first, stop - first), *index[1:])]
 
@@ -152,7 +153,13 @@ def to_devices(batch: Any, mesh: Mesh, rows: slice | None = None,
 
 
 def on_mesh(function: Function, mesh: Mesh) -> Function:
-    """The function with the mesh around what it computes, for ops to see; to be jitted."""
+    """The function with the mesh around what it computes, for ops to see; to be jitted.
+
+    On one device it is the function itself.
+    """
+    if mesh.size == 1:
+        return function
+
     @functools.wraps(function)
     def placed(*args: Any, **kwargs: Any) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import tiny_run
@@ -210,3 +211,16 @@ def test_environment_has_what_reproduces_a_number():
     assert {"jax", "jaxlib", "flax", "optax", "orbax-checkpoint"} <= set(record["packages"])
     assert record["devices"] and record["processes"] == 1
     assert {"python", "platform", "commit", "command", "xla_flags"} <= set(record)
+
+
+@pytest.mark.parametrize("place", ["gs://bucket/run", "s3://bucket/run", Path("gs://bucket/run"),
+                                   "memory://run"])
+def test_run_folder_on_an_object_store_is_refused(place):
+    with pytest.raises(ConfigError, match="is not on a file system") as caught:
+        RunFolder.at(place)
+    assert "docs/distributed.md" in caught.value.hint
+
+
+@pytest.mark.parametrize("place", ["checkpoints/a:b", "C:/runs/a", "/a/b", Path("x")])
+def test_run_folder_on_a_file_system_is_where_it_was_named(place):
+    assert RunFolder.at(place) == RunFolder(Path(place))
