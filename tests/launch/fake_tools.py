@@ -14,7 +14,8 @@ TOOLS = """base64 basename bash cat chmod cksum cp date dirname env git grep gzi
 # Answers with the first line of $FAKE_ANSWERS/<kind>, which is then used up: "CODE text"; without a
 # line, 0 and silence. The kind of a call is the first that matches in $FAKE_ANSWERS/kinds.
 FAKE_TOOL = r"""#!/usr/bin/env bash
-{ printf '%s\x1f' "${0##*/}" "$@"; printf '\x1e'; } >>"$FAKE_LOG"
+printf -v call '%s\x1f' "${0##*/}" "$@"
+printf '%s\x1e' "$call" >>"$FAKE_LOG" # in one piece: the two sides of a pipe come here at once
 kind=${0##*/}
 while IFS=$'\t' read -r name pattern; do
   # shellcheck disable=SC2053

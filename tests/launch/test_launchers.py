@@ -186,7 +186,8 @@ def common(launchers, *words):
 
 @pytest.mark.parametrize(("codes", "code"), [
     ("0 0", 0), ("0 75", 75), ("75 0 75", 75), ("75 1", 1), ("1 75", 1), ("0 134 137", 134),
-    ("134 64", 64), ("66 134 75", 66), ("66 64", 64), ("64 66", 64), ("137 0", 137)])
+    ("134 64", 64), ("64 134", 64),
+    ("66 134 75", 66), ("66 64", 64), ("64 66", 64), ("137 0", 137)])
 def test_the_code_that_says_why_wins(launchers, codes, code):
     assert common(launchers, "combined_code", *codes.split()) == str(code)
 

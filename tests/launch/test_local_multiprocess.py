@@ -128,6 +128,16 @@ def test_a_failure_ends_the_others_at_once_and_is_the_answer(launchers, code):
     assert "a process has failed" in done.stderr
 
 
+def test_what_a_process_says_once_it_was_told_to_end_does_not_count(launchers):
+    lost = SAVES.replace("exit 75", "exit 66")
+    assert lost != SAVES
+    started = time.monotonic()
+    done = launchers.run("local_multiprocess.sh", "train", FAKE_0=lost,
+                         FAKE_1='until [ -f "$FAKE_LOG.up.0" ]; do sleep 0.05; done; exit 1')
+    assert done.returncode == 1
+    assert time.monotonic() - started < 8
+
+
 def test_an_abort_of_a_peer_is_134(launchers):
     done = launchers.run("local_multiprocess.sh", "train", FAKE_0=SAVES, FAKE_1="kill -ABRT $$")
     assert done.returncode == 134
