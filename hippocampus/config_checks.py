@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 
-from hippocampus.config import MESH_AXES, PATHS, Config, DataConfig, layer_paths
+from hippocampus.config import MESH_AXES, PATHS, TOKENIZERS, Config, DataConfig, layer_paths
 from hippocampus.errors import ConfigError
 
 

@@ -230,7 +230,8 @@ def test_every_parameter_but_vectors_is_spread_over_fsdp_and_tensor(monkeypatch,
                 ((part,) if isinstance(part, str) else part)}
         (spread if axes else whole)[path_name(path)] = (leaf, axes)
     for name in ("embedding", "head", "embedding_up/kernel", "head_down", "position_embedding",
-                 "layers_0/ssm/conv_kernel", "layers_0/hopfield/slots", "layers_0/mixer/hidden/kernel",
+                 "layers_0/ssm/conv_kernel", "layers_0/hopfield/slots",
+                 "layers_0/mixer/hidden/kernel",
                  "reasoner/controller/hidden/kernel", "reasoner/feedback/kernel",
                  "flow/hidden/kernel", "flow/out/kernel", "layers_0/mlp/up/kernel",
                  "layers_0/ssm/gates/kernel" if kind == "gated" else "layers_0/ssm/log_decay"):
