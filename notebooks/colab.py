@@ -14,7 +14,8 @@
 # %% [markdown]
 # # Hippocampus: train a language model with a memory, and look inside
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/hippocampus/blob/main/notebooks/colab.ipynb)
+# In Colab: *File → Upload notebook*, or *File → Open notebook → GitHub* and the address of your
+# copy of the repository, which also goes into `repository` below.
 #
 # This notebook trains a small hybrid model (a state-space path, a modern-Hopfield memory and
 # causal attention side by side in every layer, mixed by a learned gate), shows its learning curves,
@@ -33,7 +34,7 @@
 # as the machine does.
 
 # %%
-repository = "https://github.com/OWNER/hippocampus"  # @param {type:"string"}
+repository = ""  # @param {type:"string"}
 config_name = "quickstart"  # @param ["quickstart", "shakespeare_laptop"]
 steps = 600  # @param {type:"integer"}
 use_drive = False  # @param {type:"boolean"}
@@ -73,7 +74,7 @@ if installed is not None and installed.origin:
     places.insert(0, Path(installed.origin).parents[1])
 checkout = next((place for place in places if (place / "launch/_bootstrap.sh").exists()), None)
 if checkout is None:
-    if "OWNER" in repository:
+    if not repository:
         raise SystemExit("set `repository` above to the address of the repository")
     shell(f"git clone --quiet --depth=1 '{repository}' hippocampus")
     checkout = Path("hippocampus").resolve()

@@ -56,14 +56,6 @@ def test_no_output_is_committed(notebook):
             assert cell["outputs"] == [] and cell["execution_count"] is None
 
 
-def test_the_badge_opens_this_notebook_of_the_repository_it_clones(notebook):
-    first = "".join(notebook["cells"][0]["source"])
-    (repository, path) = re.search(
-        r"colab\.research\.google\.com/github/(.+?)/blob/main/(\S+?)\)", first).groups()
-    assert (ROOT / path) == NOTEBOOK
-    assert f'repository = "https://github.com/{repository}"' in code_cells(notebook)[0]
-
-
 def test_what_it_asks_for_is_there(notebook):
     code = "\n".join(code_cells(notebook))
     ast.parse(code)
