@@ -72,6 +72,14 @@ def test_an_accelerator_extra_asks_for_the_same_jax(project, extra):
     assert project["optional-dependencies"][extra] == [jax.replace("jax", f"jax[{extra}]", 1)]
 
 
+def test_planning_gets_the_compiler_of_the_tpu_extra_and_its_conflicts(project):
+    extras = project["optional-dependencies"]
+    assert extras["plan"] == extras["tpu"]
+    conflicts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["uv"]["conflicts"]
+    with_gpu = [{entry["extra"] for entry in conflict} for conflict in conflicts]
+    assert [{"cuda12", "cuda13", extra} in with_gpu for extra in ("tpu", "plan")] == [True, True]
+
+
 def test_the_dev_extra_holds_what_the_test_command_calls(project):
     tools = set(map(name_of, project["optional-dependencies"]["dev"]))
     assert {"pytest", "ruff", "mypy", "import-linter", "build", "hatchling"} <= tools
