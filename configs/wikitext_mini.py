@@ -11,8 +11,8 @@ lists the files, which $HIPPOCAMPUS_DATA has to hold.
 Command:   python -m hippocampus.train --config=configs/wikitext_mini.py
 Tokens:    2,000 steps of 32 x 512 = 33 million, about 18 times the training text
 Hardware:  one NVIDIA H100, bfloat16: 295,000 tokens/s, 9.4 GiB, about 4 minutes
-Result:    25m: 2.659 bits per byte (averaged weights, best step 1,600; 2.669 at the end; bigram 3.128,
-           trigram 3.154), the whole validation text in windows of 512, one seed
+Result:    25m: 2.659 bits per byte (averaged weights, best step 1,600; 2.669 at the end; bigram
+           3.128, trigram 3.154), the whole validation text in windows of 512, one seed
 Recipe:    the text is read many times and the validation text is of another style, so dropout,
            weight decay, token noise and label smoothing are on; rectified flow is off
 """

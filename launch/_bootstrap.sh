@@ -309,13 +309,12 @@ set_up_venv() { # EXTRA
 
 # Prints the interpreter of a second environment, .venv.tpu, whose jax has the compiler for TPUs
 # (libtpu, 700 MB). It compiles for them on any machine; a newer Python gets a newer compiler.
-tpu_environment() (
-  HIPPOCAMPUS_PYTHON=$(newer_python) || HIPPOCAMPUS_PYTHON=''
-  HIPPOCAMPUS_ACCEL=tpu evidence=tpu
-  venv=$root/.venv.tpu lock=$root/.venv.tpu.lock log=$root/.venv.tpu.setup.log
-  set_up_venv ''
-  echo "$python"
-)
+tpu_environment() {
+  # A shell of its own: everything here is named after the environment that is being made.
+  newer=$(newer_python) || newer=''
+  HIPPOCAMPUS_PYTHON=$newer HIPPOCAMPUS_ACCEL=tpu HIPPOCAMPUS_VENV=.venv.tpu HIPPOCAMPUS_NO_VENV='' \
+    sh -euc '. launch/_bootstrap.sh; set_up; echo "$python"'
+}
 
 # --- The present interpreter ---------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """What several test folders share: the `--full` lane and the data that may be absent."""
 
 import os
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,12 @@ import pytest
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="run the slow tests too")
+
+
+def pytest_configure(config):
+    # A shell starts its background jobs with Ctrl-C ignored, and their children inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -71,7 +71,7 @@ def test_fit_takes_a_config_and_a_workdir():
 
 
 def test_build_model_takes_a_config():
-    assert list(parameters(hp.build_model)) == ["config"]
+    assert list(parameters(hp.build_model)) == ["config", "device"]
 
 
 def test_load_takes_a_path():

@@ -415,8 +415,9 @@ def test_dropout_acts_in_training_only(built):
 
 def test_a_narrow_table_is_read_and_written_through_projections(tiny_config, random_parameters):
     """The logits are those of the wide table that the narrow one and its projections make."""
-    narrow = build_model(tiny_config({"model.embedding_width": 8}))
-    wide = build_model(tiny_config({"model.tie_embeddings": False}))
+    small = {"model.paths": ("attention",), "model.n_layers": 1, "model.segments.train": 1}
+    narrow = build_model(tiny_config({**small, "model.embedding_width": 8}))
+    wide = build_model(tiny_config({**small, "model.tie_embeddings": False}))
     params = random_parameters(narrow)
     assert params["embedding"].shape == (128, 8)
     up, down = params["embedding_up"]["kernel"], params["head_down"]

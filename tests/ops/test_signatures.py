@@ -14,7 +14,8 @@ FROZEN = {
     cross_entropy.cross_entropy:
         "(hidden_BTD, head, targets_BT, weight_BT, *, smoothing=0.0, z_weight=0.0, "
         "backend='full')",
-    cross_entropy.Head: "(weight_VD, bias_V=None, softcap=0.0, vocab_size=0)",
+    cross_entropy.Head:
+        "(weight_VD, bias_V=None, softcap=0.0, vocab_size=0, down_DE=None)",
     hopfield.retrieve:
         "(xi_BTHd, keys_BTHd, slots_SHd, beta_H, *, alpha=1.0, document_ids=None, "
         "backend='xla')",

@@ -1,6 +1,5 @@
 """What a run reads: splits, batches as the config asks for them, and recognising them again."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -121,15 +120,6 @@ def test_run_on_another_text_or_tokenizer_is_refused_by_both_hashes(read, tmp_pa
         data.check_same_as(folder)
     assert "0123456789ab" in caught.value.message
     assert saved[field][:12] in caught.value.message
-
-
-def test_lines_count_a_bounded_part_of_the_training_text(read, monkeypatch):
-    data, _ = read()
-    whole = data.lines()
-    monkeypatch.setattr(training_data, "LINES_TOKENS", 500)
-    beginning = dataclasses.replace(
-        data, train=dataclasses.replace(data.train, ids=data.train.ids[:500])).lines()
-    assert data.lines() == beginning != whole
 
 
 @pytest.mark.parametrize(("changes", "words"), [
