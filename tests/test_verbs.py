@@ -176,6 +176,11 @@ def test_bad_input_of_sample_is_refused(capsys, here, arguments, code, words):
     assert not list(here.iterdir())
 
 
+def test_check_says_how_often_the_text_is_read_where_epochs_are_asked_for(capsys, here):
+    hippocampus.train.main(["--config=../good.py", "--config.train.epochs=2.5", "--check"])
+    assert "until the text is read 2.5 times" in capsys.readouterr().out
+
+
 def test_check_describes_the_config_and_trains_nothing(capsys, here):
     hippocampus.train.main(["--config=../good.py", "--check", "--config.model.d_model=64"])
     out = capsys.readouterr().out

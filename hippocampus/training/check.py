@@ -37,11 +37,17 @@ def describe(config: Config) -> str:
         "training takes the tokenizer's)\n"
         f"train state           {per_device / 2**20:,.1f} MiB per device, of {mesh.size}; "
         "activations come on top\n"
-        f"tokens                {tokens:,} per step, {tokens * config.train.steps:,} in all\n"
+        f"tokens                {tokens:,} per step, {_in_all(config, tokens)}\n"
         f"FLOPs                 {training_flops_per_token(config):.3g} per token, "
         f"{training_flops_per_token(config) * tokens:.3g} per step\n"
         f"compute dtype         {config.model.compute_dtype}\n"
         f"mesh                  {dict(mesh.shape)}\n")
+
+
+def _in_all(config: Config, tokens_per_step: int) -> str:
+    if config.train.epochs:
+        return f"until the text is read {config.train.epochs:g} times"
+    return f"{tokens_per_step * config.train.steps:,} in all"
 
 
 def device_bytes(leaf: jax.ShapeDtypeStruct) -> int:

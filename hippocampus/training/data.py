@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -136,3 +138,12 @@ def read_data(config: Config) -> TrainingData:
     data.batches(config)  # refuses a text shorter than a window
     data.windows(config, 0)
     return data
+
+
+def with_steps(config: Config, data: TrainingData) -> Config:
+    """The config with `train.epochs` turned into the steps that they are, rounded up."""
+    if not config.train.epochs:
+        return config
+    windows = config.train.epochs * data.batches(config).windows_per_epoch
+    steps = max(1, math.ceil(windows / config.train.batch_size))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +33,7 @@ from hippocampus.runs.run_folder import RunFolder, RunLock, cut_metrics, environ
 from hippocampus.training import sharding
 from hippocampus.training.clock import Clock
 from hippocampus.training.console import RunConsole
-from hippocampus.training.data import TrainingData, read_data
+from hippocampus.training.data import TrainingData, read_data, with_steps
 from hippocampus.training.optimizer import build_optimizer
 from hippocampus.training.report import conclude, eval_values, generate_sample, greet
 from hippocampus.training.signals import StopSignal
@@ -105,7 +104,7 @@ def fit(config: Config, workdir: str | Path | None = None) -> Path:
         "local devices": len(jax.local_devices()), **fields(config)})
     data = read_data(config)
     distributed.check_same(json.loads(data.record()))
-    config = _with_steps(dataclasses.replace(config, model=dataclasses.replace(
+    config = with_steps(dataclasses.replace(config, model=dataclasses.replace(
         config.model, vocab_size=data.tokenizer.vocab_size)), data)
     config, automatic = resolve(config)
     model = build_model(config)
@@ -166,15 +165,6 @@ def check_resumable(folder: RunFolder, config: Config, automatic: tuple[str, ...
         notes.append(f"note: train.steps was {saved.train.steps}, is {config.train.steps}: the "
                      "learning-rate schedule moves")
     return notes
-
-
-def _with_steps(config: Config, data: TrainingData) -> Config:
-    """The config with `train.epochs` turned into the steps that they are."""
-    if not config.train.epochs:
-        return config
-    windows = config.train.epochs * data.batches(config).windows_per_epoch
-    steps = max(1, math.ceil(windows / config.train.batch_size))
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
 
 
 def _train(config: Config, folder: RunFolder, data: TrainingData, model: Any, mesh: Mesh,

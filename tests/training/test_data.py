@@ -1,5 +1,6 @@
 """What a run reads: splits, batches as the config asks for them, and recognising them again."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,7 +11,7 @@ from hippocampus.data.batches import ShuffledWindows, Streams
 from hippocampus.errors import ConfigError, DataError
 from hippocampus.runs.run_folder import RunFolder
 from hippocampus.training import data as training_data
-from hippocampus.training.data import read_data
+from hippocampus.training.data import read_data, with_steps
 
 TEXT = "".join(f"# {i}\nthe cat sat on mat {i % 7}, é\n" for i in range(200))
 
@@ -137,3 +138,13 @@ def test_fields_that_do_not_fit_are_refused(read, changes, words):
     with pytest.raises(ConfigError) as caught:
         read(**changes)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("epochs", [0.5, 1.0, 3.0])
+def test_epochs_become_steps_as_soon_as_the_text_is_read(read, epochs):
+    data, config = read(train__epochs=epochs, train__batch_size=4)
+    steps = with_steps(config, data).train.steps
+    windows = data.batches(config).windows_per_epoch
+    assert 4 * (steps - 1) < epochs * windows <= 4 * steps
+    assert with_steps(dataclasses.replace(config, train=dataclasses.replace(
+        config.train, epochs=0.0)), data).train.steps == config.train.steps != steps
