@@ -315,7 +315,8 @@ class MeshConfig:
     tensor: int = _count(1, "size over which heads and widths are split")
     sequence: int = _count(1, "size over which the time axis is split")
     rules: tuple[tuple[str, str], ...] = _setting(
-        ((r"embedding$|head$", "tensor,fsdp"), (r"(out|down)/kernel$|head_down$", "tensor,fsdp"),
+        ((r"embedding$|head$", "tensor,fsdp"), (r"(out|down)/kernel$", "tensor,fsdp"),
+         (r"embedding_up/kernel$", "-,tensor+fsdp"), (r"head_down$", "tensor+fsdp,-"),
          (r"slots$", "fsdp,tensor,-"), (r"ssm/gates/kernel$", "tensor,fsdp,-"),
          (r"(conv_kernel|gates/bias)$", "-,tensor+fsdp"),
          (r"(log_decay|input_kernel|output_kernel)$", "tensor+fsdp,-"),
