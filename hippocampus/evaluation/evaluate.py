@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from hippocampus.data.batches import Batch
-from hippocampus.evaluation import metrics
+from hippocampus.evaluation.metrics import TokenLoss
 from hippocampus.ops.cross_entropy import token_nll
 
 _IN_FLIGHT = 8  # batches that the device may have waiting: more only fill its memory
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(TokenLoss):
     """Cross-entropy without smoothing or z-loss, averaged over every prediction.
 
     Attributes:
@@ -38,23 +38,6 @@ class Evaluation:
     bytes_per_token: float
     skip_nats_per_token: float | None = None
     words_per_token: float | None = None
-
-    @property
-    def bits_per_byte(self) -> float:
-        """nats per token / (ln 2 * bytes per token): comparable between tokenizers."""
-        return metrics.bits_per_byte(self.nats_per_token, self.bytes_per_token)
-
-    @property
-    def perplexity(self) -> float:
-        """exp(nats per token): only comparable under the same tokenizer."""
-        return metrics.perplexity(self.nats_per_token)
-
-    @property
-    def word_perplexity(self) -> float | None:
-        """exp(summed nats / words): comparable between tokenizers that know every word."""
-        if self.words_per_token is None:
-            return None
-        return metrics.word_perplexity(self.nats_per_token, self.words_per_token)
 
 
 def evaluate(model: Any, params: Any, windows: Iterable[Batch], bytes_per_token: float,

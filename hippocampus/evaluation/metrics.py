@@ -5,6 +5,37 @@ from __future__ import annotations
 import math
 
 
+class TokenLoss:
+    """A mean loss per token and, derived from it, the numbers that people compare.
+
+    Attributes:
+      nats_per_token: mean -log p of the predicted ids.
+      bytes_per_token: UTF-8 bytes of the text per prediction.
+      words_per_token: words of the text per prediction; None where nobody counted them.
+    """
+
+    nats_per_token: float
+    bytes_per_token: float
+    words_per_token: float | None
+
+    @property
+    def bits_per_byte(self) -> float:
+        """nats per token / (ln 2 * bytes per token): comparable between tokenizers."""
+        return bits_per_byte(self.nats_per_token, self.bytes_per_token)
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats per token): only comparable under the same tokenizer."""
+        return perplexity(self.nats_per_token)
+
+    @property
+    def word_perplexity(self) -> float | None:
+        """exp(summed nats / words): comparable between tokenizers that know every word."""
+        if self.words_per_token is None:
+            return None
+        return word_perplexity(self.nats_per_token, self.words_per_token)
+
+
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
     """Cross-entropy in bits per UTF-8 byte of the text, whatever it was cut into."""
     return nats_per_token / (math.log(2) * bytes_per_token)

@@ -20,14 +20,14 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from hippocampus.evaluation import metrics
+from hippocampus.evaluation.metrics import TokenLoss
 
 DIGEST_SHOWN = 12
 """Hexadecimal digits of a digest that a table prints."""
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Measurement(TokenLoss):
     """How well one model predicts one text.
 
     Attributes:
@@ -57,23 +57,6 @@ class Measurement:
     kind: str = "model"
     weights: str | None = None
     skip_nats_per_token: float | None = None
-
-    @property
-    def bits_per_byte(self) -> float:
-        """See `hippocampus.evaluation.metrics`."""
-        return metrics.bits_per_byte(self.nats_per_token, self.bytes_per_token)
-
-    @property
-    def perplexity(self) -> float:
-        """Per token."""
-        return metrics.perplexity(self.nats_per_token)
-
-    @property
-    def word_perplexity(self) -> float | None:
-        """See `hippocampus.evaluation.metrics`; None where nobody counted words."""
-        if self.words_per_token is None:
-            return None
-        return metrics.word_perplexity(self.nats_per_token, self.words_per_token)
 
 
 @dataclass(frozen=True)
