@@ -1,4 +1,4 @@
-"""Batches of windows over ids: `Batch`, `ShuffledWindows`, `Streams`, `EvaluationWindows`.
+"""Training batches of windows over ids: `Batch`, `ShuffledWindows`, `Streams`.
 
 A training batch is a pure function of (seed, step), so that resuming, rolling back and changing
 the number of hosts need nothing but the step. Shuffling therefore keeps no list of what is left:
@@ -7,20 +7,19 @@ the number of hosts need nothing but the step. Shuffling therefore keeps no list
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
 import flax.struct
 import numpy as np
-from jaxtyping import Array, Bool, Float32, Int32, Int64, Integer, UInt64
+from jaxtyping import Array, Bool, Float32, Int32, Int64, Integer
 
-from hippocampus.errors import ConfigError, DataError
+from hippocampus.data.permutation import mix, permute
+from hippocampus.errors import DataError
 
-FEISTEL_ROUNDS = 6
 SEQUENCES_AT_ONCE = 4096
-MIN_HALF_BITS = 2  # a network on fewer than 16 points reaches few of their permutations
 
 
 class Batch(flax.struct.PyTreeNode):
@@ -45,55 +44,15 @@ class Batch(flax.struct.PyTreeNode):
     reset_B: Bool[Array, " B"] | None = None
 
 
-def permute(
-    index: Integer[np.ndarray, "*shape"], size: int, key: UInt64[np.ndarray, "*shape"] | int
-) -> Int64[np.ndarray, "*shape"]:
-    """Send indices through a keyed pseudo-random permutation of 0 .. size-1, in O(1) memory.
-
-    A Feistel network permutes the smallest square power-of-two domain that holds `size`; an
-    output beyond `size` goes through again until it falls inside ("cycle walking"), which
-    restricts the permutation to the first `size` points. From 5 points on that takes fewer than
-    four passes on average.
-
-    Args:
-        index: integers in [0, size), of any shape.
-        size: how many points are permuted, at most 2**62.
-        key: which permutation, in [0, 2**64): one for all indices or one for each.
-
-    Returns:
-        The image of each index, in the broadcast shape of `index` and `key`.
-
-    Raises:
-        ValueError: an index is outside [0, size).
-
-    Source:
-        Black & Rogaway, "Ciphers with Arbitrary Finite Domains" (CT-RSA 2002): the cycle-walking
-        cipher over a Feistel network.
-    """
-    index = np.asarray(index)
-    if ((index < 0) | (index >= size)).any():  # such a walk might never come back inside
-        raise ValueError(f"indices must be at least 0 and below {size}")
-    half = np.uint64(max(MIN_HALF_BITS, ((size - 1).bit_length() + 1) // 2))
-    index, key = np.broadcast_arrays(index.astype(np.uint64), np.asarray(key, np.uint64))
-    image, keys = _feistel(index.ravel(), key.ravel(), half), key.ravel()
-    while (outside := np.flatnonzero(image >= size)).size:
-        image[outside] = _feistel(image[outside], keys[outside], half)
-    return image.astype(np.int64).reshape(index.shape)
-
-
 @dataclass(frozen=True, eq=False)
-class ShuffledWindows:
-    """An endless shuffled stream of windows, cut into batches by step number.
-
-    Sequence n of the stream is row n % batch_size of step n // batch_size. Every epoch cuts the
-    ids into disjoint windows from an offset of its own and visits each window once, in an order
-    of its own; a batch may straddle two epochs.
+class _Order:
+    """What an order of training windows is made from.
 
     Attributes:
         ids: the token ids, one dimension, any integer type; may be a memory map.
         context: T, tokens in a window.
         batch_size: B, rows in a batch.
-        seed: which stream.
+        seed: which order.
         document_starts: where documents begin in `ids`, sorted, for batches with document ids
             and positions; None: a window is read as one document.
         marked: whether every document begins with a token that says so. Where documents are
@@ -106,6 +65,29 @@ class ShuffledWindows:
     seed: int
     document_starts: Int64[np.ndarray, " d"] | None = None
     marked: bool = False
+
+    def _windows(self, start: np.ndarray) -> Batch:
+        return _windows(self._views, start, self.document_starts, self.marked)
+
+    def _key(self, epoch: np.ndarray) -> np.ndarray:
+        """64 bits of the seed for each epoch."""
+        return mix(mix(np.uint64(self.seed % 2**64)) ^ epoch.astype(np.uint64))
+
+    @cached_property
+    def _views(self) -> np.ndarray:
+        """All windows of the text as rows of a view, so that numpy copies whole rows."""
+        # The base class does without the overhead of a memory map.
+        return np.lib.stride_tricks.sliding_window_view(np.asarray(self.ids), self.context)
+
+
+@dataclass(frozen=True, eq=False)
+class ShuffledWindows(_Order):
+    """An endless shuffled stream of windows, cut into batches by step number.
+
+    Sequence n of the stream is row n % batch_size of step n // batch_size. Every epoch cuts the
+    ids into disjoint windows from an offset of its own and visits each window once, in an order
+    of its own; a batch may straddle two epochs.
+    """
 
     def __post_init__(self):
         if self.windows_per_epoch < 1:
@@ -140,7 +122,7 @@ class ShuffledWindows:
         for one in np.unique(block):
             of_block = block == one
             start[of_block] = self._starts(int(one))[place[of_block]]
-        return _windows(self._views, start, self.document_starts, self.marked)
+        return self._windows(start)
 
     @cached_property
     def _starts(self) -> Callable[[int], np.ndarray]:
@@ -148,34 +130,20 @@ class ShuffledWindows:
         def starts(block: int) -> np.ndarray:
             sequence = block * SEQUENCES_AT_ONCE + np.arange(SEQUENCES_AT_ONCE)
             epoch, index = np.divmod(sequence, self.windows_per_epoch)
-            key = _epoch_key(self.seed, epoch)
-            offset = (_mix(key) % np.uint64(self.context)).astype(np.int64)
+            key = self._key(epoch)
+            offset = (mix(key) % np.uint64(self.context)).astype(np.int64)
             return offset + permute(index, self.windows_per_epoch, key) * self.context
 
         return lru_cache(maxsize=4)(starts)
 
-    @cached_property
-    def _views(self) -> np.ndarray:
-        return _views(self.ids, self.context)
-
 
 @dataclass(frozen=True, eq=False)
-class Streams:
+class Streams(_Order):
     """Batches in which row b of a step goes on where row b of the step before ended.
 
     Every epoch cuts the ids, from an offset of its own, into `batch_size` strips of equal length,
     deals them to the rows in an order of its own, and reads all of them from front to back.
-
-    Attributes:
-        ids, context, batch_size, seed, document_starts, marked: as for `ShuffledWindows`.
     """
-
-    ids: Integer[np.ndarray, " n"]
-    context: int
-    batch_size: int
-    seed: int
-    document_starts: Int64[np.ndarray, " d"] | None = None
-    marked: bool = False
 
     def __post_init__(self):
         if self.steps_per_epoch < 1:
@@ -208,7 +176,7 @@ class Streams:
         """
         epoch, index = divmod(step, self.steps_per_epoch)
         start = self._strips(epoch)[rows or slice(None)] + index * self.context
-        batch = _windows(self._views, start, self.document_starts, self.marked)
+        batch = self._windows(start)
         reset: Any = np.full(len(start), index == 0)
         if self.document_starts is not None:
             starts = np.asarray(self.document_starts)
@@ -220,123 +188,12 @@ class Streams:
     def _strips(self) -> Callable[[int], np.ndarray]:
         """Where the strip of each row begins in an epoch."""
         def strips(epoch: int) -> np.ndarray:
-            key = _epoch_key(self.seed, np.array(epoch))
-            offset = int(_mix(key) % np.uint64(self.context))
+            key = self._key(np.array(epoch))
+            offset = int(mix(key) % np.uint64(self.context))
             order = permute(np.arange(self.batch_size), self.batch_size, int(key))
             return offset + order * self.steps_per_epoch * self.context
 
         return lru_cache(maxsize=4)(strips)
-
-    @cached_property
-    def _views(self) -> np.ndarray:
-        return _views(self.ids, self.context)
-
-
-@dataclass(frozen=True, eq=False)
-class EvaluationWindows:
-    """Windows over a text in order, predicting every id but the first exactly once.
-
-    A window reads `context` ids and the next one begins `stride` ids later. The first window's
-    predictions all count; of every other only the last `stride` do, which the windows before have
-    not made: each of them sees at least context - stride ids before it. stride = context gives
-    disjoint windows, stride = 1 the full context to every prediction at `context` times the cost.
-
-    What sticks out at the end is filled up with predictions of weight 0, so that every batch has
-    the same shape.
-
-    Attributes:
-        ids: the token ids, one dimension, any integer type; may be a memory map.
-        context: T, tokens in a window.
-        batch_size: B, rows in a batch.
-        max_windows: at most so many windows, evenly spaced over the text; 0: all of them.
-        stride: ids from one window to the next, at most `context`; 0: `context`.
-        document_starts: where documents begin, ascending, the first at 0; what a window holds of
-            one document then sees nothing of another (its first id is still predicted, from the
-            end of the document before). None: the text is one document.
-    """
-
-    ids: Integer[np.ndarray, " n"]
-    context: int
-    batch_size: int
-    max_windows: int = 0
-    stride: int = 0
-    document_starts: Integer[np.ndarray, " d"] | None = None
-
-    def __post_init__(self):
-        if self.context < 1 or self.batch_size < 1:
-            raise ConfigError(f"windows of {self.context} tokens in batches of {self.batch_size}",
-                              "both must be at least 1")
-        if not 0 <= self.stride <= self.context:
-            raise ConfigError(f"a stride of {self.stride} does not go with windows of "
-                              f"{self.context} tokens", "it must be between 0 (disjoint windows) "
-                              "and the context, or tokens would be left out")
-        if len(self.ids) < 2:
-            raise DataError(
-                f"the text to evaluate has {len(self.ids)} tokens, and a prediction needs 2",
-                "use a longer text",
-            )
-
-    def __len__(self) -> int:
-        """Return the number of batches."""
-        return -(-len(self._chosen) // self.batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Yield the batches, numpy arrays [batch_size, context]."""
-        for first in range(0, len(self._chosen), self.batch_size):
-            yield self._batch(self._chosen[first : first + self.batch_size])
-
-    @property
-    def n_windows(self) -> int:
-        """Windows over the whole text, chosen or not."""
-        after_first = max(0, len(self.ids) - 1 - self.context)
-        return 1 + -(-after_first // self._step)
-
-    @property
-    def n_targets(self) -> int:
-        """Predictions with weight 1 in all batches together."""
-        first = self._chosen * self._step + self._uncounted(self._chosen)
-        end = np.minimum(self._chosen * self._step + self.context, len(self.ids) - 1)
-        return int((end - first).sum())
-
-    @property
-    def _step(self) -> int:
-        return self.stride or self.context
-
-    @cached_property
-    def _chosen(self) -> np.ndarray:
-        """Numbers of the windows that are evaluated."""
-        kept = min(self.max_windows or self.n_windows, self.n_windows)
-        return np.arange(kept) * self.n_windows // kept
-
-    def _uncounted(self, windows: np.ndarray) -> np.ndarray:
-        """How many predictions at the start of each window belong to the windows before."""
-        return np.where(windows == 0, 0, self.context - self._step)
-
-    def _batch(self, windows: np.ndarray) -> Batch:
-        place_T = np.arange(self.context)
-        at_BT = (windows * self._step)[:, None] + place_T
-        real_BT = at_BT < len(self.ids) - 1
-        at_BT = np.minimum(at_BT, len(self.ids) - 2)
-        counted_BT = real_BT & (place_T >= self._uncounted(windows)[:, None])
-        ids = np.asarray(self.ids)  # the base class does without a memory map's overhead
-        arrays = [np.where(real_BT, ids[at_BT], 0).astype(np.int32),
-                  np.where(real_BT, ids[at_BT + 1], 0).astype(np.int32),
-                  counted_BT.astype(np.float32)]
-        if self.document_starts is not None:
-            document_BT = np.searchsorted(self.document_starts, at_BT, side="right")
-            begin_BT = np.asarray(self.document_starts)[document_BT - 1]
-            positions_BT = at_BT - np.maximum(begin_BT, at_BT[:, :1])
-            arrays += [np.where(real_BT, document_BT - document_BT[:, :1] + 1, 0).astype(np.int32),
-                       np.where(real_BT, positions_BT, 0).astype(np.int32)]
-        missing = self.batch_size - len(windows)
-        host: Any = [np.pad(array, ((0, missing), (0, 0))) for array in arrays]
-        return Batch(*host)
-
-
-def _views(ids: np.ndarray, context: int) -> np.ndarray:
-    """All windows of a text as rows of a view, so that numpy copies whole rows."""
-    # The base class does without the overhead of a memory map.
-    return np.lib.stride_tricks.sliding_window_view(np.asarray(ids), context)
 
 
 def _windows(
@@ -377,26 +234,3 @@ def _documents(
         after = np.minimum(begun + counts, len(starts) - 1)
         weight_BT[starts[after] == start + context, -1] = 0
     return document_ids_BT, positions_BT
-
-
-def _epoch_key(seed: int, epoch: np.ndarray) -> np.ndarray:
-    return _mix(_mix(np.uint64(seed % 2**64)) ^ epoch.astype(np.uint64))
-
-
-def _feistel(x: np.ndarray, key: np.ndarray, half: np.uint64) -> np.ndarray:
-    """Permute the 2**(2 * half) integers; invertible because each round only adds to one half."""
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    left, right = x >> half, x & mask
-    for _ in range(FEISTEL_ROUNDS):
-        key = _mix(key)
-        left, right = right, left ^ (_mix(key ^ right) & mask)
-    return (left << half) | right
-
-
-def _mix(x: np.ndarray | np.uint64) -> np.ndarray:
-    """Scramble 64 bits, one to one (the splitmix64 generator; Steele, Lea & Flood, 2014)."""
-    with np.errstate(over="ignore"):  # numpy warns of the wanted wrap-around for scalars only
-        z = np.asarray(x, np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64, Integer
 
-from hippocampus.data.batches import EvaluationWindows
 from hippocampus.data.documents import count_words
+from hippocampus.data.evaluation_windows import EvaluationWindows
 from hippocampus.data.shards import TokenSplit
 from hippocampus.data.tokenizers import Tokenizer
 from hippocampus.errors import DataError

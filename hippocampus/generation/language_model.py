@@ -17,8 +17,9 @@ from jaxtyping import Array
 
 from hippocampus.config import Config
 from hippocampus.config_files import read_json
-from hippocampus.data.batches import Batch, EvaluationWindows
+from hippocampus.data.batches import Batch
 from hippocampus.data.documents import count_words
+from hippocampus.data.evaluation_windows import EvaluationWindows
 from hippocampus.data.tokenizers import Tokenizer
 from hippocampus.devices import resolve
 from hippocampus.errors import CheckpointError, ConfigError, DataError

@@ -11,8 +11,9 @@ from functools import cached_property
 import numpy as np
 
 from hippocampus.config import Config
-from hippocampus.data.batches import EvaluationWindows, ShuffledWindows, Streams
+from hippocampus.data.batches import ShuffledWindows, Streams
 from hippocampus.data.corpora import Corpus, open_corpus
+from hippocampus.data.evaluation_windows import EvaluationWindows
 from hippocampus.data.shards import TokenSplit, token_split
 from hippocampus.data.tokenizers import Tokenizer
 from hippocampus.data.vocabularies import bpe_shortfall, build_tokenizer

@@ -9,13 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hippocampus.data.batches import (
-    Batch,
-    EvaluationWindows,
-    ShuffledWindows,
-    Streams,
-    permute,
-)
+from hippocampus.data.batches import Batch, ShuffledWindows, Streams
+from hippocampus.data.evaluation_windows import EvaluationWindows
+from hippocampus.data.permutation import permute
 from hippocampus.errors import DataError
 
 KEYS = st.integers(0, 2**64 - 1)

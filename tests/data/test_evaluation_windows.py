@@ -10,7 +10,7 @@ import tiny_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hippocampus.data.batches import EvaluationWindows
+from hippocampus.data.evaluation_windows import EvaluationWindows
 from hippocampus.errors import ConfigError
 from hippocampus.evaluation.evaluate import evaluate
 from hippocampus.models.build_model import build_model

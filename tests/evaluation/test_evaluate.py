@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_run
 
-from hippocampus.data.batches import EvaluationWindows
+from hippocampus.data.evaluation_windows import EvaluationWindows
 from hippocampus.evaluation.evaluate import Evaluation, evaluate
 from hippocampus.models.build_model import build_model
 

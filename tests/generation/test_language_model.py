@@ -155,7 +155,7 @@ def test_best_step_and_averaged_weights_are_the_default(folder, lm):
 
 
 def test_best_step_scores_the_validation_text_as_training_said(folder, lm):
-    from hippocampus.data.batches import EvaluationWindows
+    from hippocampus.data.evaluation_windows import EvaluationWindows
     from hippocampus.evaluation.evaluate import evaluate
 
     text = tiny_run.corpus().read_text()
