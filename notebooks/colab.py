@@ -79,7 +79,7 @@ if checkout is None:
     shell(f"git clone --quiet --depth=1 '{repository}' hippocampus")
     checkout = Path("hippocampus").resolve()
 if installed is None:
-    shell(". launch/_bootstrap.sh; set_up notebook", checkout)
+    shell(". launch/_bootstrap.sh; set_up", checkout)
     sys.path.insert(0, str(checkout))
     importlib.invalidate_caches()
 

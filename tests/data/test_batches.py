@@ -1,4 +1,4 @@
-"""Batches: shuffled windows as a pure function of (seed, step), and evaluation exactly once."""
+"""Training batches: every order of windows is a pure function of (seed, step)."""
 
 import dataclasses
 from itertools import pairwise
@@ -11,12 +11,9 @@ from hypothesis import strategies as st
 
 from hippocampus.data.batches import Batch, ShuffledWindows, Streams
 from hippocampus.data.evaluation_windows import EvaluationWindows
-from hippocampus.data.permutation import permute
 from hippocampus.errors import DataError
 
-KEYS = st.integers(0, 2**64 - 1)
-
-# Where the permutation is not one to one, its walk may never end.
+# Where an order is not one to one, its walk may never end.
 pytestmark = pytest.mark.timeout(30)
 
 
@@ -35,48 +32,6 @@ def starts(windows, first, count):
 
 def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-@pytest.mark.parametrize("size", [4**half for half in range(2, 8)])
-def test_permutation_of_a_whole_domain_is_one_to_one(size):
-    assert np.array_equal(np.sort(permute(np.arange(size), size, 7)), np.arange(size))
-
-
-@given(size=st.integers(1, 3000), key=KEYS)
-def test_permutation_is_one_to_one(size, key):
-    assert np.array_equal(np.sort(permute(np.arange(size), size, key)), np.arange(size))
-
-
-@given(size=st.integers(2**31, 2**62), key=KEYS)
-def test_permutation_of_a_huge_size_stays_inside_and_distinct(size, key):
-    image = permute(np.arange(size - 500, size), size, key)
-    assert image.min() >= 0
-    assert image.max() < size
-    assert len(np.unique(image)) == 500
-
-
-@pytest.mark.parametrize("size", [2, 3, 7, 16, 17])
-def test_permutation_sends_every_point_everywhere_equally_often(size):
-    keys = np.arange(4000, dtype=np.uint64)
-    for index in range(size):
-        counts = np.bincount(permute(np.full(4000, index), size, keys), minlength=size)
-        expected = 4000 / size
-        assert np.abs(counts - expected).max() < 6 * expected**0.5
-
-
-def test_permutation_takes_a_key_for_each_index():
-    keys = np.array([3, 4, 5], np.uint64)
-    mixed = permute(np.array([[0, 1, 2], [6, 7, 8]]), 100, keys)
-    for column, key in enumerate(keys):
-        assert mixed[:, column].tolist() == [
-            permute(np.array(index), 100, key) for index in (column, column + 6)
-        ]
-
-
-@pytest.mark.parametrize("index", [-1, 10])
-def test_permutation_refuses_what_is_outside(index):
-    with pytest.raises(ValueError, match="below 10"):
-        permute(np.array([index]), 10, 0)
 
 
 @settings(max_examples=50)
@@ -297,58 +252,6 @@ def test_text_too_short_for_streams_is_an_error_with_the_numbers():
     with pytest.raises(DataError, match=r"31 tokens, and 3 streams .* need at least 32"):
         Streams(numbered(31), 8, 3, seed=0)
     assert Streams(numbered(32), 8, 3, seed=0).steps_per_epoch == 1
-
-
-@given(
-    n=st.integers(2, 300),
-    context=st.integers(1, 40),
-    batch_size=st.integers(1, 12),
-)
-def test_evaluation_predicts_every_id_but_the_first_exactly_once(n, context, batch_size):
-    windows = EvaluationWindows(numbered(n) + 7, context, batch_size)
-    batches = list(windows)
-    assert len(batches) == len(windows)
-    assert all(b.tokens_BT.shape == (batch_size, context) for b in batches)
-    weight = np.concatenate([b.loss_weight_BT for b in batches])
-    tokens = np.concatenate([b.tokens_BT for b in batches])[weight == 1]
-    targets = np.concatenate([b.targets_BT for b in batches])[weight == 1]
-    assert set(np.unique(weight)) <= {0, 1}
-    assert windows.n_targets == weight.sum() == n - 1
-    assert np.array_equal(targets, numbered(n)[1:] + 7)
-    assert np.array_equal(tokens, targets - 1)
-
-
-@given(
-    n=st.integers(2, 300),
-    context=st.integers(1, 40),
-    batch_size=st.integers(1, 12),
-    max_windows=st.integers(1, 30),
-)
-def test_fewer_evaluation_windows_are_spread_evenly_over_the_text(
-    n, context, batch_size, max_windows
-):
-    every = EvaluationWindows(numbered(n), context, batch_size=1)
-    some = EvaluationWindows(numbered(n), context, batch_size, max_windows)
-    weight = np.concatenate([b.loss_weight_BT for b in some])
-    first = np.concatenate([b.tokens_BT for b in some])[weight[:, 0] == 1, 0]
-    assert len(first) == min(max_windows, len(every))
-    assert some.n_targets == weight.sum()
-    gaps = np.diff(np.append(first // context, len(every)))
-    assert (first % context == 0).all()
-    assert first[0] == 0
-    assert gaps.min() >= 1
-    assert gaps.max() - gaps.min() <= 1
-
-
-def test_evaluation_can_be_repeated():
-    windows = EvaluationWindows(numbered(100), 8, 3)
-    for a, b in zip(windows, windows, strict=True):
-        assert_same(a, b)
-
-
-def test_text_without_a_prediction_is_an_error():
-    with pytest.raises(DataError, match="has 1 tokens"):
-        EvaluationWindows(numbered(1), 8, 3)
 
 
 def test_windows_are_immutable():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hippocampus.data.evaluation_windows import EvaluationWindows
-from hippocampus.errors import ConfigError
+from hippocampus.errors import ConfigError, DataError
 from hippocampus.evaluation.evaluate import evaluate
 from hippocampus.models.build_model import build_model
 
@@ -192,3 +192,55 @@ def test_packed_documents_are_scored_as_if_alone(model, params, starts):
         alone += nll(model, params, padded)[0, :len(piece) - 1].tolist()
     assert found.tokens == len(alone) == 59
     assert found.nats_per_token == pytest.approx(np.mean(alone), rel=1e-5)
+
+
+@given(
+    n=st.integers(2, 300),
+    context=st.integers(1, 40),
+    batch_size=st.integers(1, 12),
+)
+def test_disjoint_windows_predict_every_id_but_the_first_exactly_once(n, context, batch_size):
+    windows = EvaluationWindows(numbered(n), context, batch_size)
+    batches = list(windows)
+    assert len(batches) == len(windows)
+    assert all(b.tokens_BT.shape == (batch_size, context) for b in batches)
+    weight = np.concatenate([b.loss_weight_BT for b in batches])
+    tokens = np.concatenate([b.tokens_BT for b in batches])[weight == 1]
+    targets = np.concatenate([b.targets_BT for b in batches])[weight == 1]
+    assert set(np.unique(weight)) <= {0, 1}
+    assert windows.n_targets == weight.sum() == n - 1
+    assert np.array_equal(targets, numbered(n)[1:])
+    assert np.array_equal(tokens, targets - 1)
+
+
+@given(
+    n=st.integers(2, 300),
+    context=st.integers(1, 40),
+    batch_size=st.integers(1, 12),
+    max_windows=st.integers(1, 30),
+)
+def test_fewer_evaluation_windows_are_spread_evenly_over_the_text(
+    n, context, batch_size, max_windows
+):
+    every = EvaluationWindows(np.arange(n), context, batch_size=1)
+    some = EvaluationWindows(np.arange(n), context, batch_size, max_windows)
+    weight = np.concatenate([b.loss_weight_BT for b in some])
+    first = np.concatenate([b.tokens_BT for b in some])[weight[:, 0] == 1, 0]
+    assert len(first) == min(max_windows, len(every))
+    assert some.n_targets == weight.sum()
+    gaps = np.diff(np.append(first // context, len(every)))
+    assert (first % context == 0).all()
+    assert first[0] == 0
+    assert gaps.min() >= 1
+    assert gaps.max() - gaps.min() <= 1
+
+
+def test_evaluation_can_be_repeated():
+    windows = EvaluationWindows(numbered(100), 8, 3)
+    for a, b in zip(windows, windows, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_text_without_a_prediction_is_an_error():
+    with pytest.raises(DataError, match="has 1 tokens"):
+        EvaluationWindows(numbered(1), 8, 3)

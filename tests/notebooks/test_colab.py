@@ -117,7 +117,7 @@ def test_without_hippocampus_it_is_installed_beside_the_present_jax(tmp_path):
     checkout = tmp_path / "a checkout"
     (checkout / "launch").mkdir(parents=True)
     (checkout / "launch/_bootstrap.sh").write_text(
-        'set_up() { echo "set up $1 with $HIPPOCAMPUS_PYTHON, $HIPPOCAMPUS_NO_VENV"; }\n')
+        'set_up() { echo "set up [$*] with $HIPPOCAMPUS_PYTHON, $HIPPOCAMPUS_NO_VENV"; }\n')
     (checkout / "hippocampus").mkdir()
     (checkout / "hippocampus/__init__.py").touch()
     (checkout / "notebooks").mkdir()
@@ -128,5 +128,5 @@ def test_without_hippocampus_it_is_installed_beside_the_present_jax(tmp_path):
                           text=True, cwd=checkout / "notebooks", env={"PATH": os.environ["PATH"]})
     assert done.returncode == 0, done.stderr
     said, where = done.stdout.splitlines()
-    assert said == f"set up notebook with {sys.executable}, 1"
+    assert said == f"set up [] with {sys.executable}, 1"
     assert where == str(checkout / "hippocampus/__init__.py")
