@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hippocampus.config_files import load_config as load_config
     from hippocampus.errors import HippocampusError as HippocampusError
     from hippocampus.generation.language_model import LanguageModel as LanguageModel
-    from hippocampus.generation.language_model import load as load
+    from hippocampus.generation.loading import load as load
     from hippocampus.models.build_model import build_model as build_model
     from hippocampus.training.loop import fit as fit
 
@@ -30,7 +30,7 @@ _HOME = {
     "load_config": "hippocampus.config_files",
     "HippocampusError": "hippocampus.errors",
     "LanguageModel": "hippocampus.generation.language_model",
-    "load": "hippocampus.generation.language_model",
+    "load": "hippocampus.generation.loading",
     "build_model": "hippocampus.models.build_model",
     "fit": "hippocampus.training.loop",
 }

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--step", type=int, help="a saved step (default: the best one)")
     flags = parser.parse_args(arguments)
 
-    from hippocampus.generation.language_model import load
+    from hippocampus.generation.loading import load
 
     lm = load(flags.workdir, weights=flags.weights, step=flags.step)
     pieces = lm.generate(

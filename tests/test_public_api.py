@@ -35,7 +35,8 @@ def test_every_public_name_is_itself_after_importing_every_submodule():
     from hippocampus.config import Config
     from hippocampus.config_files import load_config
     from hippocampus.errors import HippocampusError
-    from hippocampus.generation.language_model import LanguageModel, load
+    from hippocampus.generation.language_model import LanguageModel
+    from hippocampus.generation.loading import load
     from hippocampus.models.build_model import build_model
     from hippocampus.training.loop import fit
 

@@ -22,7 +22,8 @@ from hippocampus.evaluation.held_out import HeldOutText, read_text, take_split
 from hippocampus.evaluation.ngrams import ngram_lines, smoothing_note
 from hippocampus.evaluation.report import WEIGHTS, Report, Windows, make_report
 from hippocampus.files import check_writable
-from hippocampus.generation.language_model import LanguageModel, load
+from hippocampus.generation.language_model import LanguageModel
+from hippocampus.generation.loading import load
 from hippocampus.runs.run_folder import RunFolder
 
 SPLITS = ("validation", "test")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, overload
 
 import jax
@@ -16,19 +14,14 @@ import numpy as np
 from jaxtyping import Array
 
 from hippocampus.config import Config
-from hippocampus.config_files import read_json
 from hippocampus.data.batches import Batch
 from hippocampus.data.documents import count_words
 from hippocampus.data.evaluation_windows import EvaluationWindows
 from hippocampus.data.tokenizers import Tokenizer
-from hippocampus.devices import resolve
-from hippocampus.errors import CheckpointError, ConfigError, DataError
+from hippocampus.errors import ConfigError, DataError
 from hippocampus.generation.sampling import SamplerSettings, sample_tokens
 from hippocampus.models import taps
-from hippocampus.models.build_model import build_model, parameter_shapes
 from hippocampus.ops.cross_entropy import token_nll
-from hippocampus.runs.checkpoints import Checkpoints
-from hippocampus.runs.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -148,58 +141,6 @@ class LanguageModel:
         if tokens.ndim != 2 or not tokens.size:
             raise ConfigError(f"tokens have the shape {tokens.shape}", "give text, or ids (B, T)")
         return jnp.asarray(tokens)
-
-
-def load(path: str | Path, *, weights: str = "ema", step: int | None = None,
-         sharding: jax.sharding.Sharding | None = None) -> LanguageModel:
-    """Opens a run folder.
-
-    Args:
-      path: the folder that training wrote.
-      weights: "ema" (the running average; raw if the run keeps none) or "raw".
-      step: a saved step; default: the best one.
-      sharding: where every parameter goes; default: whole, to this process's first device.
-
-    Raises:
-      DataError: no run folder there, or a tokenizer that does not belong to it.
-      CheckpointError: nothing saved yet, no such step, or damaged files.
-      ConfigError: unknown `weights`.
-    """
-    folder = RunFolder.at(path)
-    if weights not in ("ema", "raw"):
-        raise ConfigError(f"weights is {weights!r}", "it must be ema or raw")
-    if not folder.is_run():
-        raise DataError(f"no run folder at {folder.path}", "train one with python -m "
-                        "hippocampus.train --config=configs/quickstart.py")
-    config, automatic = read_json(folder.config)
-    config, _ = resolve(config, automatic=automatic)
-    tokenizer = Tokenizer.load(folder.tokenizer)
-    _check_tokenizer(folder, tokenizer, config)
-    model = build_model(config)
-    if not folder.steps.is_dir():
-        raise CheckpointError(f"{folder.path} has no checkpoint yet", "let it train a little")
-    with Checkpoints(folder.steps) as checkpoints:
-        chosen = checkpoints.best if step is None else step
-        if chosen is None or chosen not in checkpoints.steps:
-            raise CheckpointError(f"{folder.path} has no step {chosen}",
-                                  f"saved: {', '.join(map(str, checkpoints.steps)) or 'none'}")
-        name = "ema" if weights == "ema" and config.ema.decay else "params"
-        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
-                            parameter_shapes(model))
-        params = checkpoints.restore(chosen, {name: like})[name]
-    return LanguageModel(model, params, tokenizer, config, chosen)
-
-
-def _check_tokenizer(folder: RunFolder, tokenizer: Tokenizer, config: Config) -> None:
-    """Refuses a tokenizer that is not the one that the run was trained with."""
-    saved = json.loads(folder.data.read_text("utf-8")) if folder.data.exists() else {}
-    then = str(saved.get("tokenizer", tokenizer.digest))
-    if then != tokenizer.digest or tokenizer.vocab_size > config.model.vocab_size:
-        raise DataError(
-            f"{folder.tokenizer} is not the tokenizer that the run was trained with "
-            f"({then[:12]}… of {config.model.vocab_size} ids then, {tokenizer.digest[:12]}… of "
-            f"{tokenizer.vocab_size} now)", "restore it from a copy")
 
 
 @functools.partial(jax.jit, static_argnums=0)

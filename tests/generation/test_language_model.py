@@ -15,7 +15,7 @@ import hippocampus.sample
 from hippocampus.data.tokenizers import byte_tokenizer, character_tokenizer
 from hippocampus.errors import CheckpointError, ConfigError, DataError
 from hippocampus.generation import language_model
-from hippocampus.generation.language_model import load
+from hippocampus.generation.loading import load
 from hippocampus.runs.checkpoints import Checkpoints
 
 TEXT = "the cat sat on the mat and the dog ran to a big house"
