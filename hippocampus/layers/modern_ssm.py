@@ -17,10 +17,13 @@ Source: De et al. 2024 (arXiv:2402.19427), section 2.4 (RG-LRU); Gu et al. 2022
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
 
 from hippocampus.config import SSMConfig
 from hippocampus.layers.edits import Edit, no_edit
@@ -32,6 +35,16 @@ DECAY_RANGE = (0.2, 0.999)
 """Of the decays at initialisation."""
 
 
+@struct.dataclass
+class SSMCache:
+    """What a row has read, in a size that does not grow: the last inputs and the state."""
+
+    conv_BwE: Float[Array, "B w E"]
+    """The last d_conv - 1 inputs of the convolution."""
+    state_BE: Float[Array, "B E"]
+    """The recurrence's state (float32; B,E N for the diagonal kind)."""
+
+
 class ModernSSM(nn.Module):
     """The state-space path; see the module's docstring for the maths."""
 
@@ -40,7 +53,6 @@ class ModernSSM(nn.Module):
     dtype: jnp.dtype = jnp.float32
     edit: Edit = no_edit
 
-    @nn.compact
     def __call__(
         self, u_BTD: Float[Array, "B T D"], document_ids_BT: Int[Array, "B T"] | None,
         positions_BT: Int[Array, "B T"],
@@ -56,6 +68,41 @@ class ModernSSM(nn.Module):
           y_BTD, and {"decay", "state", "out"}: decays and states are float32, B,T,E (B,T,E N for
           the diagonal kind).
         """
+        y_BTD, out, _ = self._run(u_BTD, positions_BT, document_ids_BT=document_ids_BT)
+        return y_BTD, out
+
+    def init_cache(self, batch: int, max_length: int, d_model: int) -> SSMCache:
+        """The cache before the first token.
+
+        Args:
+          batch: rows.
+          max_length: without meaning here: the state has the same size after any number of tokens.
+          d_model: width D.
+        """
+        cfg = self.config
+        E = round(cfg.expansion * d_model)
+        n_states = E * (1 if cfg.kind == "gated" else cfg.d_state)
+        return SSMCache(jnp.zeros((batch, cfg.d_conv - 1, E), self.dtype),
+                        jnp.zeros((batch, n_states), jnp.float32))
+
+    def extend(
+        self, u_BnD: Float[Array, "B n D"], positions_Bn: Int[Array, "B n"], cache: SSMCache,
+        valid_Bn: Bool[Array, "B n"],
+    ) -> tuple[Float[Array, "B n D"], SSMCache]:
+        """Reads further tokens of every row; the law: in any chunks, what `__call__` gives at once.
+
+        Args:
+          u_BnD: normalised inputs of any number of tokens.
+          positions_Bn: of each token; a row's valid ones follow on what the cache has read.
+          cache: from `init_cache` or the last call.
+          valid_Bn: a row's valid tokens come first; the others leave the cache as it is.
+        """
+        y_BnD, _, cache = self._run(u_BnD, positions_Bn, cache=cache, valid_BT=valid_Bn)
+        return y_BnD, cache
+
+    @nn.compact
+    def _run(self, u_BTD: Array, positions_BT: Array, *, document_ids_BT: Array | None = None,
+             cache: Any = None, valid_BT: Any = None) -> tuple[Array, dict[str, Array], Any]:
         D, cfg = u_BTD.shape[-1], self.config
         E = round(cfg.expansion * D)
         x_BTE, z_BTE = jnp.split(
@@ -64,20 +111,24 @@ class ModernSSM(nn.Module):
         bias_E = self.param("conv_bias", nn.initializers.zeros, (E,))
         c_BTE = jax.nn.silu(causal_conv(
             x_BTE, kernel_WE.astype(self.dtype), bias_E.astype(self.dtype),
-            document_ids_BT=document_ids_BT))
+            document_ids_BT=document_ids_BT,
+            before_BwE=None if cache is None else cache.conv_BwE))
         if cfg.input_scale:
             scale_E = self.param("input_scale", nn.initializers.ones, (E,))
         else:
             scale_E = jnp.ones(())
         first_BT = jnp.broadcast_to(positions_BT == 0, u_BTD.shape[:2])
         recurrence = self._gated if cfg.kind == "gated" else self._diagonal
-        h_BTE, out = recurrence(c_BTE, scale_E, first_BT)
+        h_BTE, out = recurrence(c_BTE, scale_E, first_BT, cache, valid_BT)
+        if cache is not None:
+            cache = SSMCache(_last_inputs(cache.conv_BwE, x_BTE, valid_BT), out["state"][:, -1])
         y_BTE = h_BTE.astype(self.dtype) * jax.nn.gelu(z_BTE)
         y_BTD = nn.Dense(D, use_bias=False, dtype=self.dtype, name="out")(y_BTE)
         out["out"] = y_BTD = self.edit("out", y_BTD)
-        return y_BTD, out
+        return y_BTD, out, cache
 
-    def _gated(self, c_BTE: Array, scale_E: Array, first_BT: Array) -> tuple[Array, dict]:
+    def _gated(self, c_BTE: Array, scale_E: Array, first_BT: Array, cache: SSMCache | None,
+               valid_BT: Array | None) -> tuple[Array, dict]:
         E = c_BTE.shape[-1]
         gates = BlockDiagonal(self.n_heads, 2, dtype=self.dtype, name="gates")(c_BTE)
         g_forget, g_in = jax.nn.sigmoid(gates.astype(jnp.float32))
@@ -87,12 +138,12 @@ class ModernSSM(nn.Module):
         # The bound keeps the root's derivative below 500 where the decay is almost 1.
         size = jnp.sqrt(jnp.maximum(-jnp.expm1(2 * log_a), 1e-6))
         size = jnp.where(first_BT[..., None], 1.0, size)
-        h_BTE = linear_scan(a_BTE, size * g_in * scale_E * c_BTE, reset_BT=first_BT,
-                            backend=self.config.backend)
+        h_BTE = self._scan(a_BTE, size * g_in * scale_E * c_BTE, first_BT, cache, valid_BT)
         h_BTE = self.edit("state", h_BTE)
         return h_BTE, {"decay": a_BTE, "state": h_BTE, "gate_in": g_in, "gate_forget": g_forget}
 
-    def _diagonal(self, c_BTE: Array, scale_E: Array, first_BT: Array) -> tuple[Array, dict]:
+    def _diagonal(self, c_BTE: Array, scale_E: Array, first_BT: Array, cache: SSMCache | None,
+                  valid_BT: Array | None) -> tuple[Array, dict]:
         (B, T, E), N = c_BTE.shape, self.config.d_state
         # exp(-exp(log_decay)): time constants spread over 1 to 1000 tokens.
         log_decay_EN = self.param(
@@ -105,11 +156,18 @@ class ModernSSM(nn.Module):
         a_EN = jnp.exp(-jnp.exp(log_decay_EN))
         x_BTEN = jnp.sqrt(1 - a_EN**2) * B_EN * c_BTE[..., None]
         a_BTEN = self.edit("decay", jnp.broadcast_to(a_EN.reshape(-1), (B, T, E * N)))
-        h = linear_scan(a_BTEN, x_BTEN.reshape(B, T, E * N), reset_BT=first_BT,
-                        backend=self.config.backend)
+        h = self._scan(a_BTEN, x_BTEN.reshape(B, T, E * N), first_BT, cache, valid_BT)
         h = self.edit("state", h)
         y_BTE = (h.reshape(B, T, E, N) * C_EN).sum(-1) + D_E * c_BTE
         return y_BTE, {"decay": a_BTEN, "state": h}
+
+    def _scan(self, a: Array, x: Array, first_BT: Array, cache: SSMCache | None,
+              valid_BT: Any) -> Array:
+        if cache is None:
+            return linear_scan(a, x, reset_BT=first_BT, backend=self.config.backend)
+        # A token that does not count leaves the state as it is: a = 1, x = 0, exactly.
+        a, x = jnp.where(valid_BT[..., None], a, 1.0), jnp.where(valid_BT[..., None], x, 0.0)
+        return linear_scan(a, x, cache.state_BE, first_BT & valid_BT, backend=self.config.backend)
 
 
 class BlockDiagonal(nn.Module):
@@ -131,6 +189,16 @@ class BlockDiagonal(nn.Module):
         y = jnp.einsum("btgi,gio->btgo", blocks, kernel.astype(self.dtype))
         y = jnp.moveaxis(y.reshape(B, T, self.n_blocks, self.n_outputs, width), 3, 0)
         return y.reshape(self.n_outputs, B, T, E) + bias[:, None, None].astype(self.dtype)
+
+
+def _last_inputs(before_BwE: Array, x_BTE: Array, valid_BT: Array) -> Array:
+    """The last w inputs that count."""
+    w = before_BwE.shape[1]
+    all_BtE = jnp.concatenate([before_BwE, x_BTE.astype(before_BwE.dtype)], axis=1)
+    if x_BTE.shape[1] == 1:
+        return jnp.where(valid_BT[..., None], all_BtE[:, 1:], before_BwE)
+    return jax.vmap(lambda row, n: jax.lax.dynamic_slice_in_dim(row, n, w))(
+        all_BtE, valid_BT.sum(1))
 
 
 def _conv_init(key: Array, shape: tuple[int, int]) -> Array:

@@ -15,16 +15,27 @@ chosen per token.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
 
 from hippocampus.config import HopfieldConfig
 from hippocampus.layers.edits import Edit, no_edit
 from hippocampus.layers.norms import rms_normalize, unit_normalize
-from hippocampus.ops import hopfield
+from hippocampus.ops import hopfield, key_cache
 from hippocampus.ops.rotary import rotate
+
+
+@struct.dataclass
+class HopfieldCache:
+    """Keys of the last C tokens of each row, in a ring; None where there are only slots."""
+
+    key_BHCd: Float[Array, "B H C d"] | None
 
 
 class MoRHopfield(nn.Module):
@@ -38,7 +49,6 @@ class MoRHopfield(nn.Module):
     dtype: jnp.dtype = jnp.float32
     edit: Edit = no_edit
 
-    @nn.compact
     def __call__(
         self, u_BTD: Float[Array, "B T D"], document_ids_BT: Int[Array, "B T"] | None,
         positions_BT: Int[Array, "B T"],
@@ -56,6 +66,41 @@ class MoRHopfield(nn.Module):
           "n_patterns" (B,T,H: how many patterns the last step mixed, and could), "regime"
           (B,T,H: 0 single, 1 metastable, 2 global), "beta" (H), and "out".
         """
+        y_BTD, out, _ = self._run(u_BTD, positions_BT, document_ids_BT=document_ids_BT)
+        return y_BTD, out
+
+    def init_cache(self, batch: int, max_length: int, d_model: int) -> HopfieldCache:
+        """The cache before the first token.
+
+        Args:
+          batch: rows.
+          max_length: tokens that are kept; beyond them a token retrieves from the last
+            `max_length`, itself included.
+          d_model: width D.
+        """
+        if self.config.patterns == "slots":
+            return HopfieldCache(None)
+        shape = (batch, self.n_heads, max_length, d_model // self.n_heads)
+        return HopfieldCache(jnp.zeros(shape, self.dtype))
+
+    def extend(
+        self, u_BnD: Float[Array, "B n D"], positions_Bn: Int[Array, "B n"], cache: HopfieldCache,
+        valid_Bn: Bool[Array, "B n"],
+    ) -> tuple[Float[Array, "B n D"], HopfieldCache]:
+        """Reads further tokens of every row; the law: in any chunks, what `__call__` gives at once.
+
+        Args:
+          u_BnD: normalised inputs of any number of tokens.
+          positions_Bn: of each token; a row's valid ones follow on what the cache has read.
+          cache: from `init_cache` or the last call.
+          valid_Bn: a row's valid tokens come first; the others leave the cache as it is.
+        """
+        y_BnD, _, cache = self._run(u_BnD, positions_Bn, cache=cache, valid_BT=valid_Bn)
+        return y_BnD, cache
+
+    @nn.compact
+    def _run(self, u_BTD: Array, positions_BT: Array, *, document_ids_BT: Array | None = None,
+             cache: Any = None, valid_BT: Any = None) -> tuple[Array, dict[str, Array], Any]:
         (B, T, D), H, cfg = u_BTD.shape, self.n_heads, self.config
         d = D // H
         unit = cfg.normalize == "l2"
@@ -77,10 +122,25 @@ class MoRHopfield(nn.Module):
         log_beta_H = self.param("log_beta", nn.initializers.constant(jnp.log(first_beta)), (H,))
         out["beta"] = beta_H = jnp.exp(log_beta_H)
 
+        if cache is None:
+            retrieve = functools.partial(
+                hopfield.retrieve, keys_BTHd=keys, slots_SHd=slots, beta_H=beta_H,
+                alpha=cfg.step_size, document_ids=document_ids_BT, backend=self.backend)
+        else:
+            visible = None
+            if keys is not None:
+                (at_hand,), visible, written = key_cache.recall(
+                    (cache.key_BHCd,), (keys,), positions_BT, valid_BT)
+                cache = HopfieldCache(*written)
+            patterns, visible = hopfield.patterns_at_hand(
+                None if keys is None else at_hand, visible, slots, out["query"])
+            retrieve = functools.partial(
+                hopfield.retrieve_from, patterns_BHSd=patterns, visible_BnS=visible,
+                beta_H=beta_H, alpha=cfg.step_size)
+
         xi, states = out["query"], []
         for j in range(1, self.depth + 1):
-            xi = hopfield.retrieve(xi, keys, slots, beta_H, alpha=cfg.step_size,
-                                   document_ids=document_ids_BT, backend=self.backend)
+            xi = retrieve(xi)
             out[f"step{j}"] = xi = self.edit(f"step{j}", xi)
             states.append(xi)
         gates_BTK = nn.Dense(self.depth, dtype=self.dtype, kernel_init=nn.initializers.zeros,
@@ -92,8 +152,10 @@ class MoRHopfield(nn.Module):
         y_BTD = nn.Dense(D, use_bias=False, dtype=self.dtype, name="out")(
             jnp.reshape(mixed, (B, T, D)).astype(self.dtype))
         out["out"] = y_BTD = self.edit("out", y_BTD)
-        out.update(self._diagnostics([out["query"], *states], keys, slots, beta_H, document_ids_BT))
-        return y_BTD, out
+        if cache is None:
+            out.update(self._diagnostics([out["query"], *states], keys, slots, beta_H,
+                                         document_ids_BT))
+        return y_BTD, out, cache
 
     def _diagnostics(self, states: list[Array], keys: Array | None, slots: Array | None,
                      beta_H: Array, document_ids_BT: Array | None) -> dict[str, Array]:

@@ -10,15 +10,27 @@ Dehghani et al. 2023 (arXiv:2302.05442) for QK-norm.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
 
 from hippocampus.config import AttentionConfig
 from hippocampus.layers.edits import Edit, no_edit
 from hippocampus.layers.norms import RMSNorm
+from hippocampus.ops import key_cache
 from hippocampus.ops.attention import attention
 from hippocampus.ops.rotary import rotate
+
+
+@struct.dataclass
+class AttentionCache:
+    """Keys and values of the last C tokens of each row, in a ring (`hippocampus.ops.key_cache`)."""
+
+    key_BGCd: Float[Array, "B G C d"]
+    value_BGCd: Float[Array, "B G C d"]
 
 
 class SelfAttention(nn.Module):
@@ -31,7 +43,6 @@ class SelfAttention(nn.Module):
     dtype: jnp.dtype = jnp.float32
     edit: Edit = no_edit
 
-    @nn.compact
     def __call__(
         self, u_BTD: Float[Array, "B T D"], document_ids_BT: Int[Array, "B T"] | None,
         positions_BT: Int[Array, "B T"],
@@ -46,6 +57,41 @@ class SelfAttention(nn.Module):
         Returns:
           y_BTD, and `out`: "query" (B,T,H,d), "key" and "value" (B,T,G,d), "out".
         """
+        y_BTD, out, _ = self._run(u_BTD, positions_BT, document_ids_BT=document_ids_BT)
+        return y_BTD, out
+
+    def init_cache(self, batch: int, max_length: int, d_model: int) -> AttentionCache:
+        """The cache before the first token.
+
+        Args:
+          batch: rows.
+          max_length: tokens that are kept; beyond them a token sees the last `max_length`, itself
+            included. With a window the cache is no longer than that.
+          d_model: width D.
+        """
+        G, window = self.config.n_kv_heads or self.n_heads, self.config.window
+        capacity = min(window, max_length) if window else max_length
+        empty = jnp.zeros((batch, G, capacity, d_model // self.n_heads), self.dtype)
+        return AttentionCache(empty, empty)
+
+    def extend(
+        self, u_BnD: Float[Array, "B n D"], positions_Bn: Int[Array, "B n"], cache: AttentionCache,
+        valid_Bn: Bool[Array, "B n"],
+    ) -> tuple[Float[Array, "B n D"], AttentionCache]:
+        """Reads further tokens of every row; the law: in any chunks, what `__call__` gives at once.
+
+        Args:
+          u_BnD: normalised inputs of any number of tokens.
+          positions_Bn: of each token; a row's valid ones follow on what the cache has read.
+          cache: from `init_cache` or the last call.
+          valid_Bn: a row's valid tokens come first; the others leave the cache as it is.
+        """
+        y_BnD, _, cache = self._run(u_BnD, positions_Bn, cache=cache, valid_BT=valid_Bn)
+        return y_BnD, cache
+
+    @nn.compact
+    def _run(self, u_BTD: Array, positions_BT: Array, *, document_ids_BT: Array | None = None,
+             cache: Any = None, valid_BT: Any = None) -> tuple[Array, dict[str, Array], Any]:
         (B, T, D), H = u_BTD.shape, self.n_heads
         G, d = self.config.n_kv_heads or H, D // H
 
@@ -60,8 +106,15 @@ class SelfAttention(nn.Module):
 
         out = {"query": project("query", H, True), "key": project("key", G, True),
                "value": project("value", G, False)}
-        o_BTHd = attention(out["query"], out["key"], out["value"], document_ids=document_ids_BT,
-                           window=self.config.window, backend=self.config.backend)
+        if cache is None:
+            o_BTHd = attention(out["query"], out["key"], out["value"], document_ids=document_ids_BT,
+                               window=self.config.window, backend=self.config.backend)
+        else:
+            (keys, values), visible, written = key_cache.recall(
+                (cache.key_BGCd, cache.value_BGCd), (out["key"], out["value"]), positions_BT,
+                valid_BT, self.config.window)
+            cache = AttentionCache(*written)
+            o_BTHd = key_cache.attend(out["query"], keys, values, visible, d**-0.5)
         y_BTD = nn.Dense(D, use_bias=False, dtype=self.dtype, name="out")(o_BTHd.reshape(B, T, D))
         out["out"] = y_BTD = self.edit("out", y_BTD)
-        return y_BTD, out
+        return y_BTD, out, cache

@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from hippocampus.config import PATHS, HybridConfig, depth, layer_paths
 from hippocampus.layers.edits import Edit, no_edit, scoped
@@ -53,7 +54,6 @@ class HybridBlock(nn.Module):
     dtype: jnp.dtype = jnp.float32
     edit: Edit = no_edit
 
-    @nn.compact
     def __call__(
         self, x_BTD: Float[Array, "B T D"], document_ids_BT: Int[Array, "B T"] | None,
         positions_BT: Int[Array, "B T"], control_BTP: Float[Array, "B T P"] | None = None,
@@ -74,12 +74,42 @@ class HybridBlock(nn.Module):
           x_BTD, and `out` with the names of each part in front ("ssm.state", "mixer.gates", …),
           "mlp.out" and "residual".
         """
+        def read(path: str, u_BTD: Array) -> tuple[Array, dict[str, Array]]:
+            return self._path(path)(u_BTD, document_ids_BT, positions_BT)
+
+        return self._run(x_BTD, read, control_BTP, path_mask_P, gate_override_P, train)
+
+    def init_cache(self, batch: int, max_length: int) -> dict[str, Any]:
+        """The cache of every path by its name; `max_length` as for `SelfAttention`."""
+        return {path: self._path(path, parent=None).init_cache(
+            batch, max_length, self.config.d_model) for path in self.spec.paths}
+
+    def extend(
+        self, x_BnD: Float[Array, "B n D"], positions_Bn: Int[Array, "B n"],
+        caches: dict[str, Any], valid_Bn: Bool[Array, "B n"],
+        control_BnP: Float[Array, "B n P"] | None = None,
+    ) -> tuple[Float[Array, "B n D"], dict[str, Any]]:
+        """Reads further tokens of every row; arguments as for the paths and for `__call__`."""
+        new: dict[str, Any] = {}
+
+        def read(path: str, u_BnD: Array) -> tuple[Array, dict[str, Array]]:
+            y_BnD, new[path] = self._path(path).extend(u_BnD, positions_Bn, caches[path], valid_Bn)
+            return y_BnD, {}
+
+        x_BnD, _ = self._run(x_BnD, read, control_BnP)
+        return x_BnD, new
+
+    @nn.compact
+    def _run(self, x_BTD: Array, read: Callable[[str, Array], tuple[Array, dict[str, Array]]],
+             control_BTP: Array | None, path_mask_P: Array | None = None,
+             gate_override_P: Array | None = None, train: bool = False,
+             ) -> tuple[Array, dict[str, Array]]:
         cfg, edit = self.config, self.edit
         out: dict[str, Array] = {}
         u_BTD = RMSNorm(cfg.norm_epsilon, self.dtype, name="norm_paths")(x_BTD)
         branches = {}
         for path in self.spec.paths:
-            branches[path], part = self._path(path)(u_BTD, document_ids_BT, positions_BT)
+            branches[path], part = read(path, u_BTD)
             out.update({f"{path}.{name}": value for name, value in part.items()})
 
         present = jnp.asarray([PATHS.index(path) for path in self.spec.paths])
@@ -100,9 +130,10 @@ class HybridBlock(nn.Module):
         out["residual"] = x_BTD = edit("residual", x_BTD + dropout(y_BTD))
         return x_BTD, out
 
-    def _path(self, path: str) -> nn.Module:
+    def _path(self, path: str, **parent: None) -> Any:
         cfg: HybridConfig = self.config
-        common: dict[str, Any] = {"dtype": self.dtype, "edit": scoped(self.edit, f"{path}.")}
+        common: dict[str, Any] = {"dtype": self.dtype, "edit": scoped(self.edit, f"{path}."),
+                                  **parent}
         if path == "ssm":
             return ModernSSM(cfg.ssm, cfg.n_heads, name=path, **common)
         if path == "hopfield":

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
 
 from hippocampus.config import HybridConfig
 from hippocampus.data.batches import Batch
@@ -30,6 +31,19 @@ _NOISE = 2**31
 def padded_vocabulary(vocab_size: int) -> int:
     """Rows of an embedding table: tables divide well over devices and tiles."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+@struct.dataclass
+class HybridCache:
+    """What every layer of every pass remembers of the rows read so far.
+
+    Attributes:
+      length_B: tokens that each row has read.
+      passes: for each pass, for each layer, the cache of each path by name.
+    """
+
+    length_B: Int[Array, " B"]
+    passes: tuple[tuple[dict[str, Any], ...], ...]
 
 
 class HybridLM(nn.Module):
@@ -127,6 +141,67 @@ class HybridLM(nn.Module):
         if self.flow_width:
             out["flow.skip_hidden"] = self._skip(states[0])
         return hidden_BTD, out, {}
+
+    @nn.nowrap
+    def init_cache(self, batch: int, max_length: int, passes: int | None = None) -> HybridCache:
+        """The cache before the first token; needs no parameters.
+
+        Args:
+          batch: rows B.
+          max_length: tokens that a row can look back to, itself included; beyond them attention
+            and Hopfield memory see the last `max_length` and the state-space path all.
+          passes: reasoning passes R to run; None = as in training. A model that was trained with
+            one pass has no controller, and runs one.
+        """
+        trained = self.config.segments.train
+        dtype = jnp.dtype(self.config.compute_dtype)
+        layers = tuple(
+            HybridBlock(self.config, spec, dtype, parent=None).init_cache(batch, max_length)
+            for spec in block_specs(self.config))
+        return HybridCache(jnp.zeros((batch,), jnp.int32),
+                           (layers,) * (1 if trained == 1 else passes or trained))
+
+    def extend(
+        self, tokens_Bn: Int[Array, "B n"], cache: HybridCache,
+        valid_Bn: Bool[Array, "B n"] | None = None, *, skip: bool = False,
+    ) -> tuple[Float[Array, "B n D"], HybridCache]:
+        """Reads further tokens of every row; the law: in any chunks, what `forward` gives at once.
+
+        Args:
+          tokens_Bn: any number n >= 1 of tokens a row.
+          cache: from `init_cache`, which chose the number of passes, or the last call.
+          valid_Bn: a row's valid tokens come first; the others leave its cache as it is, and
+            their outputs mean nothing. None = all are valid.
+          skip: give what the flow network takes for the last pass's states, from the last pass
+            that is run (needs `flow_width` > 0).
+
+        Returns:
+          hidden_BnD (normalised, compute dtype), and the new cache.
+        """
+        if valid_Bn is None:
+            valid_Bn = jnp.ones(tokens_Bn.shape, bool)
+        before_Bn = jnp.cumsum(valid_Bn, axis=1) - valid_Bn
+        positions_Bn = cache.length_B[:, None] + before_Bn
+        x_BnD = self._embed(tokens_Bn)
+        if self.config.position == "learned":
+            x_BnD = x_BnD + embed(self.position_TD, positions_Bn).astype(self.dtype)
+        passes: list[tuple[dict[str, Any], ...]] = []
+
+        def stack(x: Array, control_LBnP: Array | None, edit: Edit, r: int) -> tuple[Array, dict]:
+            layers = []
+            for i, (spec, params) in enumerate(zip(self.specs, self.layer_params, strict=True)):
+                block = HybridBlock(self.config, spec, self.dtype, parent=None)
+                result: Any = block.apply(
+                    {"params": params}, x, positions_Bn, cache.passes[r][i], valid_Bn,
+                    None if control_LBnP is None else control_LBnP[i], method="extend")
+                x, layer = result
+                layers.append(layer)
+            passes.append(tuple(layers))
+            return x, {}
+
+        states, _ = self.reasoner(stack, x_BnD, len(cache.passes))
+        hidden_BnD = self._skip(states[-1]) if skip else self.norm_out(states[-1])
+        return hidden_BnD, HybridCache(cache.length_B + valid_Bn.sum(1), tuple(passes))
 
     def velocity(self, x_BTD: Float[Array, "B T D"],
                  tau_BT: Float[Array, "B T"]) -> Float[Array, "B T D"]:

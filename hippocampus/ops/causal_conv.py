@@ -13,6 +13,7 @@ from hippocampus.ops.placement import SEQUENCE
 def causal_conv(
     x_BTE: Float[Array, "B T E"], kernel_WE: Float[Array, "W E"], bias_E: Float[Array, " E"],
     *, document_ids_BT: Int[Array, "B T"] | None = None,
+    before_BwE: Float[Array, "B w E"] | None = None,
 ) -> Float[Array, "B T E"]:
     """y_t = bias + sum_j kernel_j x_{t-j}, over the tokens t-j of the same document.
 
@@ -21,7 +22,12 @@ def causal_conv(
       kernel_WE: taps per channel; tap 0 weighs the token itself.
       bias_E: bias per channel.
       document_ids_BT: document of each token; None = one document a row.
+      before_BwE: the W - 1 inputs before the first one, of the same document; None = there are
+        none. Not together with `document_ids_BT`.
     """
+    if before_BwE is not None:
+        x_BTE = jnp.concatenate([before_BwE.astype(x_BTE.dtype), x_BTE], axis=1)
+        return _convolve(x_BTE, kernel_WE, bias_E, None)[:, before_BwE.shape[1]:]
     halo, T = len(kernel_WE) - 1, x_BTE.shape[1]
     n = placement.shards(SEQUENCE, T)
     if n > 1 and 0 < halo <= T // n:

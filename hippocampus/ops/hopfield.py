@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hippocampus.ops import placement
+from hippocampus.ops import key_cache, placement
 from hippocampus.ops.attention import attention, same_document
 
 
@@ -56,6 +56,44 @@ def retrieve(
             new = new + jnp.einsum("bhts,bshd->bthd", p_context, keys_BTHd.astype(jnp.float32))
         new = new.astype(xi_BTHd.dtype)
     return new if alpha == 1.0 else (1 - alpha) * xi_BTHd + alpha * new
+
+
+def patterns_at_hand(
+    keys_BHSd: Float[Array, "B H S d"] | None, visible_BnS: Bool[Array, "B n S"] | None,
+    slots_SHd: Float[Array, "S H d"] | None, like_BnHd: Float[Array, "B n H d"],
+) -> tuple[Float[Array, "B H S d"], Bool[Array, "B n S"]]:
+    """Keys of a cache and learned slots as one list of patterns, and which each token sees.
+
+    Args:
+      keys_BHSd, visible_BnS: from `key_cache.recall`; None = no context.
+      slots_SHd: learned patterns, which every token sees; None = none.
+      like_BnHd: the queries, for their shape and dtype.
+    """
+    if slots_SHd is None:
+        assert keys_BHSd is not None and visible_BnS is not None
+        return keys_BHSd, visible_BnS
+    (B, n), S = like_BnHd.shape[:2], slots_SHd.shape[0]
+    slots_BHSd = jnp.moveaxis(slots_SHd, 0, 1)[None].astype(like_BnHd.dtype)
+    if keys_BHSd is None:  # one row of patterns for all rows of the batch
+        return slots_BHSd, jnp.ones((1, 1, S), bool)
+    assert visible_BnS is not None
+    slots_BHSd = jnp.broadcast_to(slots_BHSd, (B, *slots_BHSd.shape[1:]))
+    return (jnp.concatenate([keys_BHSd.astype(like_BnHd.dtype), slots_BHSd], axis=2),
+            jnp.concatenate([visible_BnS, jnp.ones((B, n, S), bool)], axis=2))
+
+
+def retrieve_from(
+    xi_BnHd: Float[Array, "B n H d"], patterns_BHSd: Float[Array, "B H S d"],
+    visible_BnS: Bool[Array, "B n S"], beta_H: Float[Array, " H"], *, alpha: float = 1.0,
+) -> Float[Array, "B n H d"]:
+    """One step of `retrieve` from `patterns_at_hand`; a decoder's form of it."""
+    if patterns_BHSd.shape[0] == 1 < xi_BnHd.shape[0]:  # the same patterns: one longer row
+        flat = xi_BnHd.reshape(1, -1, *xi_BnHd.shape[2:])
+        new = key_cache.attend(flat, patterns_BHSd, patterns_BHSd, visible_BnS, beta_H)
+        new = new.reshape(xi_BnHd.shape)
+    else:
+        new = key_cache.attend(xi_BnHd, patterns_BHSd, patterns_BHSd, visible_BnS, beta_H)
+    return new if alpha == 1.0 else (1 - alpha) * xi_BnHd + alpha * new
 
 
 def probabilities(

@@ -54,6 +54,8 @@ def linear_scan(
                                     (a_BTE, x_BTE), (lies, lies), lies)
     if h0_BE is None:
         h0_BE = jnp.zeros_like(x_BTE[:, 0])
+    if x_BTE.shape[1] == 1:
+        return a_BTE * h0_BE[:, None] + x_BTE
     return _scan(backend, a_BTE, x_BTE, h0_BE)
 
 
