@@ -56,7 +56,8 @@ def _print(card: Card, console: Console) -> None:
     if cost.bits_before is not None and cost.bits_after is not None:
         cells.append(["bits/byte", number(cost.bits_before, 4), number(cost.bits_after, 4),
                       f"{cost.bits_after / cost.bits_before - 1:+.2%}"])
-    console.print(render(title, ("", "float32", record.storage, "change"), cells, (cost.note,)))
+    console.print(render(title, ("", "float32", record.storage, "change"), cells,
+                         tuple(filter(None, (cost.note, cost.reason)))))
 
 
 if __name__ == "__main__":

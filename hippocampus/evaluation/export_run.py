@@ -106,7 +106,9 @@ def _storage_cost(folder: RunFolder, before: LanguageModel, export: Path,
     try:
         text = held_out_split(folder, before.tokenizer, "validation")
     except DataError as error:
-        return dataclasses.replace(cost, note=f"Bits per byte were not measured: {error.message}.")
+        return dataclasses.replace(
+            cost, note="Bits per byte were not measured: the training text was not at hand.",
+            reason=str(error))
     cut = Windows.of(before.config)
     windows = text.windows(cut.context, cut.stride, cut.batch_size)
     bits = [evaluate(lm.model, lm.params, windows, text.bytes_per_token).bits_per_byte

@@ -37,7 +37,8 @@ class StorageCost:
     Attributes:
       bytes_before, bytes_after: of the weights in float32, and as stored.
       bits_before, bits_after: bits per byte on the run's validation split; None: not measured.
-      note: why it was not measured, or on what.
+      note: on what it was measured, or that it was not.
+      reason: why not, for a console: it may name places on this machine.
     """
 
     bytes_before: int
@@ -45,6 +46,7 @@ class StorageCost:
     bits_before: float | None
     bits_after: float | None
     note: str
+    reason: str = ""
 
 
 @dataclass(frozen=True)
