@@ -67,12 +67,12 @@ class ExportRecord:
 
 def is_export(folder: Path) -> bool:
     """Whether a folder is meant as an exported one; `open_export` says whether it is good."""
-    if (folder / WEIGHTS).exists():
-        return True
-    with contextlib.suppress(DataError):
+    has_weights = (folder / WEIGHTS).exists()
+    try:
         content = _read_object(folder / CONFIG)
-        return EXPORT in content
-    return False
+    except DataError:
+        return has_weights
+    return EXPORT in content or (has_weights and "format" not in content)
 
 
 def open_export(folder: Path) -> tuple[Config, tuple[str, ...], ExportRecord]:
@@ -116,7 +116,7 @@ def check_free(out: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file", "choose another --out")
     names = {p.name for p in out.iterdir()} if out.is_dir() else set()
-    if names and not (CONFIG in names and is_export(out)):
+    if names and not _is_ours(out):
         raise ConfigError(f"{out} is not empty and not an export (it holds {sorted(names)[0]})",
                           "choose another --out")
     if others := sorted(names - set(FILES)):
@@ -160,6 +160,14 @@ def new_export(out: Path, overwrite: bool) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         os.close(lock)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Stricter than `is_export`: a model of other tools, with files of the same names, is not."""
+    try:
+        return EXPORT in _read_object(folder / CONFIG)
+    except DataError:
+        return False
 
 
 def _claim(partial: Path, out: Path) -> int:

@@ -188,8 +188,10 @@ def _hardware(here: Mapping[str, Any]) -> str:
 
 def _command(words: Any) -> str:
     """The command of the last start, if it was the train verb."""
-    if not isinstance(words, list) or not words or words[0] != "train.py":
-        return "not recorded (the run was not started by `hippocampus.train`)" if words else MISSING
+    if not isinstance(words, list) or not words:
+        return MISSING
+    if words[0] != "train.py":
+        return f"{MISSING} (the run was not started by `hippocampus.train`)"
     return f"`{_plain(shlex.join(['python', '-m', 'hippocampus.train', *map(str, words[1:])]))}`"
 
 

@@ -102,10 +102,24 @@ def test_only_an_export_is_replaced_and_only_when_asked(tmp_path, copy):
         check_free(copy / "notes.txt", True)
 
 
+@pytest.mark.parametrize("config", ['{"architectures": ["GPT2LMHeadModel"]}', "{", None])
+def test_the_model_of_another_tool_is_not_replaced(tmp_path, config):
+    for name in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_text("theirs")
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ConfigError, match="is not empty and not an export"):
+        check_free(tmp_path, True)
+    assert is_export(tmp_path)  # so that loading says what is wrong with it
+    with pytest.raises(DataError, match=r"config\.json"):
+        open_export(tmp_path)
+
+
 def test_a_run_is_no_export_and_an_export_no_run(exported):
     from hippocampus.config_files import read_json
 
     assert is_export(exported) and not is_export(tiny_run.trained())
+    assert not is_export(exported.parent) and not is_export(exported / "none")
     with pytest.raises(DataError, match="is an exported model, not a run folder"):
         read_json(exported / "config.json")
     with pytest.raises(DataError, match="is not of an exported hippocampus model"):

@@ -63,6 +63,17 @@ def test_missing_records_say_so_and_nothing_is_guessed(card):
     assert "text.txt" not in text and "bits/byte" not in text and "datasets" not in header(text)
 
 
+@pytest.mark.parametrize(("command", "words"), [
+    (["train.py", "--config=configs/x.py", "--config.sample.prompt=a b"],
+     "`python -m hippocampus.train --config=configs/x.py '--config.sample.prompt=a b'`"),
+    (["pytest"], "not recorded (the run was not started by `hippocampus.train`)"),
+    ([], MISSING), (7, MISSING)])
+def test_the_command_is_that_of_the_training_or_not_recorded(card, command, words):
+    records = dataclasses.replace(card.records, environment={"command": command})
+    text = dataclasses.replace(card, records=records).render()
+    assert f"| command | {words} |" in text
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"step": 12}', '{"rows": 3, "step": 12}',
                                      '{"rows": [{}], "step": 12}', '{"rows": [7], "text": []}'])
 def test_damaged_records_are_not_recorded(tmp_path, card, content):
