@@ -210,6 +210,8 @@ def _results(card: Card) -> list[str]:
             [(_plain(row["model"]), _number(row.get("bits_per_byte")),
               _number(row.get("word_perplexity"), 2), _number(row.get("nats_per_token")))
              for row in rows]))
+        parts += [_plain(note.removeprefix("* ")) for note in found.get("notes") or ()
+                  if isinstance(note, str) and not note.startswith("!")]
         if rows[-1].get("worse_than_unigram"):
             parts.append("**Worse than counting tokens (the unigram line): broken, or hardly "
                          "trained.**")
@@ -284,8 +286,8 @@ def _limits(card: Card) -> str:
     lines = [
         f"It knows the text that it was trained on ({_corpus(card.records)}), and continues text. "
         "It does not follow instructions and knows no facts reliably.",
-        "There was no safety tuning and no filtering: what stands in the training text, harmful or "
-        "private, can come out.",
+        "There was no safety tuning, and Hippocampus filters nothing: what stands in the training "
+        "text, harmful or private, can come out.",
         f"It was trained on windows of {card.config.data.context:,} tokens; what it does beyond "
         "them was not trained."]
     if tokenizer == "characters":

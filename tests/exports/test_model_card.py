@@ -48,7 +48,7 @@ def test_numbers_are_those_of_the_records(card):
                  env["commit"], f"jax {env['packages']['jax']}", "1 x cpu", "6,942 parameters",
                  "Worse than counting tokens", "--split=validation --weights=ema --context=16",
                  "layer 0: Hopfield memory + attention (retrieval depth 2)", 'hp.load("tiny")',
-                 "no safety tuning", "`text.txt`"):
+                 "no safety tuning", "`text.txt`", "interpolated Witten-Bell; counted on all"):
         assert part in text, part
     assert str(tiny_run.corpus().parent) not in text  # where it lay is nobody's business
 
