@@ -31,6 +31,9 @@ from hippocampus.errors import ConfigError, DataError, HippocampusError
 FORMAT = 1
 """Version of config.json; an older one is migrated, a newer one refused."""
 
+EXPORT = "export"
+"""Key of config.json that an exported folder has and a run folder has not."""
+
 
 def defaults(family: str = "hybrid") -> ConfigDict:
     """The default config of a model family, locked: every field is there, none can be invented."""
@@ -109,12 +112,29 @@ def read_json(path: Path) -> tuple[Config, tuple[str, ...]]:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path}: {error}", "is this a run folder?") from None
+    if isinstance(content, dict) and EXPORT in content:
+        raise DataError(f"{path.parent} is an exported model, not a run folder",
+                        "it can be loaded, sampled from and evaluated; for all else take the run")
+    return from_json(content, path)
+
+
+def from_json(content: Any, path: Path) -> tuple[Config, tuple[str, ...]]:
+    """The config, and the names of its automatic fields, of the content of a config.json.
+
+    Raises:
+      DataError: not of this format.
+      ConfigError: a field that this version does not know or allow.
+    """
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else None
-        raise DataError(f"{path} has format {found}; this version reads {FORMAT}",
+        raise DataError(f"{path} has format {found!r}; this version reads {FORMAT}",
                         "install the version of hippocampus that wrote it")
-    del content["format"]
-    return from_dict(content), tuple(content.pop("automatic", ()))
+    automatic = content.get("automatic", [])
+    if not isinstance(automatic, list) or not all(isinstance(name, str) for name in automatic):
+        raise DataError(f"{path} is damaged: automatic is not a list of fields",
+                        "restore it from a copy")
+    values = {name: value for name, value in content.items() if name != "format"}
+    return from_dict(values), tuple(automatic)
 
 
 # ---------------------------------------------------------------- one value, checked

@@ -113,6 +113,12 @@ def open_corpus(data: DataConfig) -> Corpus:
     )
 
 
+def hub_id(name: str) -> str | None:
+    """The data set of the hub that a `data.corpus` names; None for everything else."""
+    other = name in NAMES or Path(name).expanduser().is_dir() or _looks_like_path(name)
+    return name if not other and _HUB_NAME.fullmatch(name) else None
+
+
 def _looks_like_path(name: str) -> bool:
     path = Path(name).expanduser()
     if path.exists() or glob.has_magic(name):

@@ -21,6 +21,7 @@ from hippocampus.evaluation.evaluate import evaluate
 from hippocampus.evaluation.held_out import HeldOutText, read_text, take_split
 from hippocampus.evaluation.ngrams import ngram_lines, smoothing_note
 from hippocampus.evaluation.report import WEIGHTS, Report, Windows, make_report
+from hippocampus.exports.folder import ExportRecord, is_export, open_export
 from hippocampus.files import check_writable
 from hippocampus.generation.language_model import LanguageModel
 from hippocampus.generation.loading import load
@@ -72,12 +73,12 @@ def evaluate_run(
     track: Callable[[Iterable[Batch], str, int], Iterable[Batch]] = lambda batches, *_: batches,
     spread: Spread = Spread(),
 ) -> tuple[Report, Path | None]:
-    """Evaluates a run folder and writes the JSON and CSV files.
+    """Evaluates a run folder, or an exported one, and writes the JSON and CSV files.
 
     Args:
-      path: the run folder.
+      path: the folder.
       request: what to evaluate.
-      out: folder of the files; None = `evaluations/` in the run folder.
+      out: folder of the files; None = `evaluations/` in the folder.
       track: wraps the batches, given a name and their number, to show progress.
       spread: over which devices.
 
@@ -93,7 +94,7 @@ def evaluate_run(
     if not folder.is_run():
         raise DataError(f"no run folder at {folder.path}", "train one with python -m "
                         "hippocampus.train --config=configs/quickstart.py")
-    config, _ = read_json(folder.config)
+    config, _ = _read_config(folder)
     windows = choose_windows(config, request)
     windows = dataclasses.replace(
         windows, batch_size=-(-windows.batch_size // spread.ways) * spread.ways)
@@ -142,9 +143,14 @@ def load_weights(folder: RunFolder, weights: str, step: int | None,
                  sharding: jax.sharding.Sharding | None = None) -> dict[str, LanguageModel]:
     """The models of one step by their weights, "raw" before "ema".
 
-    A run that keeps no average has raw weights only.
+    A run that keeps no average has raw weights only, an export those that were exported.
     """
-    config, _ = read_json(folder.config)
+    config, exported = _read_config(folder)
+    if exported and weights in ("both", exported.weights):
+        return {exported.weights: load(folder.path, step=step, sharding=sharding)}
+    if exported:
+        raise ConfigError(f"{folder.path} is an export of the {exported.weights} weights",
+                          f"--weights={exported.weights}")
     if weights == "ema" and not config.ema.decay:
         raise ConfigError(f"{folder.path} keeps no average of its weights (ema.decay = 0)",
                           "--weights=raw")
@@ -169,29 +175,58 @@ def _read(folder: RunFolder, config: Config, tokenizer: Tokenizer, request: Requ
                 f"no n-gram lines: the training text cannot be read ({error.message})",)
     else:
         corpus = _corpus_of(folder, config)
-        if request.split not in corpus.splits:
-            raise DataError(f"{corpus.name} has no {request.split} split",
-                            f"it has {', '.join(corpus.splits)}; --text=FILE scores any text")
-        tokens = token_split(corpus, tokenizer, request.split)
-        text = take_split(corpus.name, corpus.digest, request.split, tokens, tokenizer,
-                          config.data.documents == "packed")
+        text = _held_out(corpus, request.split, tokenizer, config)
     train = token_split(corpus, tokenizer, "train").ids
     lines = ngram_lines(train, text.ids, tokenizer.vocab_size)
     return text, lines, (smoothing_note(len(train), tokenizer.vocab_size),)
 
 
-def _corpus_of(folder: RunFolder, config: Config) -> Corpus:
-    """The corpus of a run, if it is still the text that the run was trained on."""
+def held_out_split(folder: RunFolder, tokenizer: Tokenizer, split: str) -> HeldOutText:
+    """A split of the text that a run was trained on.
+
+    Raises:
+      DataError: the text is not at hand, is another one by now, or has no such split.
+    """
+    config, _ = _read_config(folder)
+    return _held_out(_corpus_of(folder, config), split, tokenizer, config)
+
+
+def _held_out(corpus: Corpus, split: str, tokenizer: Tokenizer, config: Config) -> HeldOutText:
+    if split not in corpus.splits:
+        raise DataError(f"{corpus.name} has no {split} split",
+                        f"it has {', '.join(corpus.splits)}; --text=FILE scores any text")
+    return take_split(corpus.name, corpus.digest, split, token_split(corpus, tokenizer, split),
+                      tokenizer, config.data.documents == "packed")
+
+
+def _read_config(folder: RunFolder) -> tuple[Config, ExportRecord | None]:
+    """The config, and what an exported folder says of itself; None for a run folder."""
+    if is_export(folder.path):
+        config, _, record = open_export(folder.path)
+        return config, record
+    return read_json(folder.config)[0], None
+
+
+def _digest_of_text(folder: RunFolder) -> str:
+    """Of what the run was trained on."""
+    _, exported = _read_config(folder)
+    if exported and exported.text:
+        return exported.text
     try:
-        saved = json.loads(folder.data.read_text("utf-8"))["sha256"]
+        return str(json.loads(folder.data.read_text("utf-8"))["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(f"cannot read {folder.data}, which says what the run was trained on",
                         "restore it from a copy") from None
+
+
+def _corpus_of(folder: RunFolder, config: Config) -> Corpus:
+    """The corpus of a run, if it is still the text that the run was trained on."""
+    saved = _digest_of_text(folder)
     corpus = open_corpus(config.data)
     if corpus.digest != saved:
         raise DataError(
             f"{config.data.corpus} is not the text that {folder.path} was trained on "
-            f"({str(saved)[:12]}… then, {corpus.digest[:12]}… now)",
+            f"({saved[:12]}… then, {corpus.digest[:12]}… now)",
             "what it was trained on may stand in this one's held-out splits; --text=FILE scores "
             "any text")
     return corpus

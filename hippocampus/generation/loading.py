@@ -12,6 +12,8 @@ from hippocampus.config_files import read_json
 from hippocampus.data.tokenizers import Tokenizer
 from hippocampus.devices import resolve
 from hippocampus.errors import CheckpointError, ConfigError, DataError
+from hippocampus.exports.folder import CONFIG, TOKENIZER, WEIGHTS, is_export, open_export
+from hippocampus.exports.parameters import read_parameters
 from hippocampus.generation.language_model import LanguageModel
 from hippocampus.models.build_model import build_model, parameter_shapes
 from hippocampus.runs.checkpoints import Checkpoints
@@ -20,29 +22,40 @@ from hippocampus.runs.run_folder import RunFolder
 
 def load(path: str | Path, *, weights: str = "ema", step: int | None = None,
          sharding: jax.sharding.Sharding | None = None) -> LanguageModel:
-    """Opens a run folder.
+    """Opens a run folder, or what `python -m hippocampus.export` made of one.
 
     Args:
-      path: the folder that training wrote.
-      weights: "ema" (the running average; raw if the run keeps none) or "raw".
-      step: a saved step; default: the best one.
+      path: the folder.
+      weights: "ema" (the running average; raw where there is none) or "raw".
+      step: a saved step; default: the best one, or the one that was exported.
       sharding: where every parameter goes; default: whole, to this process's first device.
 
     Raises:
-      DataError: no run folder there, or a tokenizer that does not belong to it.
-      CheckpointError: nothing saved yet, no such step, or damaged files.
-      ConfigError: unknown `weights`.
+      DataError: no such folder, or a config or tokenizer that is damaged or does not belong to it.
+      CheckpointError: nothing saved yet, no such step, or weights that are damaged, not finite or
+        another model's.
+      ConfigError: unknown `weights`, or `weights` or a step that an exported folder has not.
     """
     folder = RunFolder.at(path)
     if weights not in ("ema", "raw"):
         raise ConfigError(f"weights is {weights!r}", "it must be ema or raw")
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if is_export(folder.path):
+        return _load_export(folder.path, weights, step, sharding)
+    return _load_run(folder, weights, step, sharding)
+
+
+def _load_run(folder: RunFolder, weights: str, step: int | None,
+              sharding: jax.sharding.Sharding) -> LanguageModel:
     if not folder.is_run():
         raise DataError(f"no run folder at {folder.path}", "train one with python -m "
                         "hippocampus.train --config=configs/quickstart.py")
     config, automatic = read_json(folder.config)
     config, _ = resolve(config, automatic=automatic)
     tokenizer = Tokenizer.load(folder.tokenizer)
-    _check_tokenizer(folder, tokenizer, config)
+    saved = json.loads(folder.data.read_text("utf-8")) if folder.data.exists() else {}
+    _check_tokenizer(folder.tokenizer, tokenizer, str(saved.get("tokenizer", tokenizer.digest)),
+                     config)
     model = build_model(config)
     if not folder.steps.is_dir():
         raise CheckpointError(f"{folder.path} has no checkpoint yet", "let it train a little")
@@ -52,19 +65,37 @@ def load(path: str | Path, *, weights: str = "ema", step: int | None = None,
             raise CheckpointError(f"{folder.path} has no step {chosen}",
                                   f"saved: {', '.join(map(str, checkpoints.steps)) or 'none'}")
         name = "ema" if weights == "ema" and config.ema.decay else "params"
-        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
                             parameter_shapes(model))
         params = checkpoints.restore(chosen, {name: like})[name]
     return LanguageModel(model, params, tokenizer, config, chosen)
 
 
-def _check_tokenizer(folder: RunFolder, tokenizer: Tokenizer, config: Config) -> None:
+def _load_export(folder: Path, weights: str, step: int | None,
+                 sharding: jax.sharding.Sharding) -> LanguageModel:
+    """Every file is checked as if it came from a stranger; see docs/export.md."""
+    config, automatic, record = open_export(folder)
+    if weights == "raw" != record.weights:
+        raise ConfigError(f"{folder} has no raw weights: it is an export of the average",
+                          "--weights=raw when the run is exported")
+    if step is not None and step != record.step:
+        raise ConfigError(f"{folder} has no step {step}: it is an export of step {record.step}",
+                          f"--step={step} when the run is exported")
+    try:
+        config, _ = resolve(config, automatic=automatic)
+        model = build_model(config)
+    except ConfigError as error:
+        raise DataError(f"{folder / CONFIG}: {error.message}", error.hint) from None
+    tokenizer = Tokenizer.load(folder / TOKENIZER)
+    _check_tokenizer(folder / TOKENIZER, tokenizer, record.tokenizer, config)
+    params = read_parameters(folder / WEIGHTS, parameter_shapes(model), record, sharding)
+    return LanguageModel(model, params, tokenizer, config, record.step)
+
+
+def _check_tokenizer(path: Path, tokenizer: Tokenizer, then: str, config: Config) -> None:
     """Refuses a tokenizer that is not the one that the run was trained with."""
-    saved = json.loads(folder.data.read_text("utf-8")) if folder.data.exists() else {}
-    then = str(saved.get("tokenizer", tokenizer.digest))
     if then != tokenizer.digest or tokenizer.vocab_size > config.model.vocab_size:
         raise DataError(
-            f"{folder.tokenizer} is not the tokenizer that the run was trained with "
+            f"{path} is not the tokenizer that the run was trained with "
             f"({then[:12]}… of {config.model.vocab_size} ids then, {tokenizer.digest[:12]}… of "
             f"{tokenizer.vocab_size} now)", "restore it from a copy")

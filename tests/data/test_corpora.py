@@ -6,13 +6,14 @@ import os
 import sys
 import urllib.error
 import urllib.request
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants as hub_constants
 
 from hippocampus.config import DataConfig
-from hippocampus.data import named_texts, text_files
+from hippocampus.data import corpora, named_texts, text_files
 from hippocampus.data import standard_library as library
 from hippocampus.data.corpora import open_corpus
 from hippocampus.data.shards import token_split
@@ -392,3 +393,11 @@ def test_wikitext_mini_without_its_files_names_them_and_where_they_go(tmp_path, 
     assert ("wiki.utf8" in caught.value.message) is not there
     assert "HIPPOCAMPUS_DATA" in caught.value.hint
     assert str(tmp_path) in caught.value.hint
+
+
+@pytest.mark.parametrize(("name", "found"), [
+    ("Salesforce/wikitext", True), ("pydoc", False), ("texts/mine.txt", False), ("mine", False),
+    ("texts/*", False), ("/data/set", False), ("tests/data", False)])
+def test_only_a_data_set_of_the_hub_has_a_hub_id(name, found, monkeypatch):
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+    assert corpora.hub_id(name) == (name if found else None)
