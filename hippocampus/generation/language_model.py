@@ -10,7 +10,6 @@ from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from hippocampus.config import Config
@@ -19,7 +18,8 @@ from hippocampus.data.documents import count_words
 from hippocampus.data.evaluation_windows import EvaluationWindows
 from hippocampus.data.tokenizers import Tokenizer
 from hippocampus.errors import ConfigError, DataError
-from hippocampus.generation.sampling import SamplerSettings, sample_tokens
+from hippocampus.generation.sampling import SamplerSettings, sample_without_cache
+from hippocampus.generation.text_stream import TextStream
 from hippocampus.models import taps
 from hippocampus.ops.cross_entropy import token_nll
 
@@ -105,11 +105,11 @@ class LanguageModel:
         ids = self.tokenizer.encode(prompt)
         if not len(ids):
             raise ConfigError("the prompt is empty", "give at least one character")
-        tokens = sample_tokens(
+        tokens = sample_without_cache(
             self.model, self.params, ids, context=self.config.data.context,
             max_new_tokens=max_new_tokens, seed=seed,
             settings=SamplerSettings(float(temperature), int(top_k), float(top_p)))
-        pieces = _pieces(self.tokenizer, tokens)
+        pieces = _pieces(TextStream(self.tokenizer, ids), tokens)
         return pieces if stream else "".join(pieces)
 
     def score(self, text: str) -> Score:
@@ -150,17 +150,9 @@ def _nll_sum(model: Any, params: Any, batch: Batch) -> Array:
     return (nll_BT * batch.loss_weight_BT).sum()
 
 
-def _pieces(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
-    """Text as it becomes certain: a character split over tokens waits for its last one."""
-    ids: list[int] = []
+def _pieces(stream: TextStream, tokens: Iterator[int]) -> Iterator[str]:
     for token in tokens:
-        ids.append(token)
-        text = tokenizer.decode(np.asarray(ids))
-        if not text.endswith("\N{REPLACEMENT CHARACTER}") or len(ids) >= _LONGEST_CHARACTER:
-            yield text
-            ids = []
-    if ids:
-        yield tokenizer.decode(np.asarray(ids))
-
-
-_LONGEST_CHARACTER = 4
+        if piece := stream.push([token]):
+            yield piece
+    if piece := stream.finish():
+        yield piece

@@ -12,9 +12,8 @@ import pytest
 import tiny_run
 
 import hippocampus.sample
-from hippocampus.data.tokenizers import byte_tokenizer, character_tokenizer
+from hippocampus.data.tokenizers import character_tokenizer
 from hippocampus.errors import CheckpointError, ConfigError, DataError
-from hippocampus.generation import language_model
 from hippocampus.generation.loading import load
 from hippocampus.runs.checkpoints import Checkpoints
 
@@ -45,20 +44,6 @@ def test_streamed_pieces_are_the_whole_text(lm):
     pieces = list(pieces)
     assert len(pieces) > 3
     assert "".join(pieces) == lm.generate("the ", max_new_tokens=30, seed=1, temperature=3.0)
-
-
-@pytest.mark.parametrize("text", ["naïve 日本語 🦛!", "plain", "🦛🦛"])
-def test_a_character_of_many_tokens_is_streamed_whole(text):
-    tokenizer = byte_tokenizer()
-    pieces = list(language_model._pieces(tokenizer, iter(tokenizer.encode(text).tolist())))
-    assert "".join(pieces) == text and all(len(piece) == 1 for piece in pieces)
-
-
-def test_bytes_that_are_no_text_come_out_too():
-    tokenizer = byte_tokenizer()
-    for ids in ([0xE2, 0x82], [0xFF] * 9, [0x41, 0xF0, 0x9F, 0x41]):
-        pieces = list(language_model._pieces(tokenizer, iter(ids)))
-        assert "\N{REPLACEMENT CHARACTER}" in "".join(pieces)
 
 
 def test_text_longer_than_the_context_can_be_continued(lm):

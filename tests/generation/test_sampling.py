@@ -1,5 +1,8 @@
 """Choosing the next token, and the window that it is chosen from."""
 
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,12 @@ import pytest
 import tiny_run
 
 from hippocampus.generation import sampling
-from hippocampus.generation.sampling import SamplerSettings, choose_token, sample_tokens
+from hippocampus.generation.sampling import (
+    SamplerSettings,
+    choose_tokens,
+    process_logits,
+    sample_without_cache,
+)
 from hippocampus.models.build_model import build_model
 
 LOGITS = jnp.log(jnp.asarray([0.05, 0.4, 0.1, 0.25, 0.2]))
@@ -15,8 +23,9 @@ LOGITS = jnp.log(jnp.asarray([0.05, 0.4, 0.1, 0.25, 0.2]))
 
 @jax.jit
 def draw_many(logits_V, settings: SamplerSettings):
+    rows = jnp.broadcast_to(logits_V, (4000, len(logits_V)))
     keys = jax.random.split(jax.random.key(0), 4000)
-    return jax.vmap(lambda key: choose_token(logits_V, key, settings))(keys)
+    return choose_tokens(rows, jnp.zeros(rows.shape, bool), keys, settings)[0]
 
 
 def shares(logits_V=LOGITS, **settings) -> np.ndarray:
@@ -69,16 +78,14 @@ def test_top_p_is_taken_of_what_top_k_left():
     assert_shares(shares(top_k=2, top_p=0.6), [0, 1, 0, 0, 0])
 
 
-def test_equal_logits_give_exactly_k_candidates():
-    assert (shares(jnp.zeros(6), top_k=2) > 0).sum() == 2
+def test_tokens_as_likely_as_the_last_kept_one_are_kept():
+    assert (shares(jnp.asarray([0.0, 1.0, 0.0, 0.0]), top_k=2) > 0).all()
 
 
 def test_masked_tokens_are_never_drawn():
     logits = jnp.asarray([0.0, -jnp.inf, 0.0, -jnp.inf])
     assert_shares(shares(logits, temperature=9.0), [1, 0, 1, 0])
 
-
-# ---------------------------------------------------------------- with a model
 
 @pytest.fixture(scope="module")
 def model_and_params(random_parameters):
@@ -88,9 +95,108 @@ def model_and_params(random_parameters):
     return model, random_parameters(model)
 
 
+# ---------------------------------------------------------------- against references
+
+def by_sorting(logits, k, p, min_p):
+    """What is left of one row, the plain way."""
+    kept = np.array(logits)
+    if 0 < k < len(kept):
+        kept[kept < np.sort(kept)[-k]] = -np.inf
+    if p < 1:
+        order = np.argsort(-kept, kind="stable")
+        share = np.exp(kept[order] - kept.max(), dtype=np.float64)
+        share /= share.sum()
+        n = max(1, int((np.cumsum(share) - share < p - 1e-9).sum()))
+        kept[kept < kept[order][n - 1]] = -np.inf
+    if min_p:
+        kept[kept < kept.max() + np.log(min_p)] = -np.inf
+    return kept
+
+
+def test_filters_keep_what_sorting_keeps_row_by_row():
+    rng, process = np.random.default_rng(0), jax.jit(process_logits)
+    for trial in range(60):
+        V = (2, 7, 40, 64)[trial % 4]
+        logits = (rng.normal(size=(4, V)) * rng.choice([0.1, 1, 10])).astype(np.float32)
+        logits = np.round(logits, 1) if trial % 2 else logits  # with ties
+        logits[1:, -1] = -np.inf
+        k, p = rng.integers(0, V + 3, 4), rng.uniform(0.01, 1, 4).astype(np.float32)
+        p[0], min_p = 1.0, rng.choice(np.float32([0, 0.05, 0.5, 1]), 4)
+        found = process(logits, np.zeros(logits.shape, bool), SamplerSettings(1.0, k, p, min_p))
+        wanted = np.stack([by_sorting(*row) for row in zip(logits, k, p, min_p, strict=True)])
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_neutral_settings_give_the_bits_that_came_in():
+    logits = np.random.default_rng(0).normal(size=(3, 50)).astype(np.float32)
+    logits[:, 40:] = -np.inf
+    seen = np.ones(logits.shape, bool)
+    np.testing.assert_array_equal(process_logits(logits, seen, SamplerSettings()), logits)
+
+
+@pytest.mark.parametrize("settings", [
+    {"temperature": 1e-30}, {"temperature": 1e30}, {"top_p": 1e-9}, {"min_p": 1.0},
+    {"repetition_penalty": 1e9}])
+def test_extreme_settings_still_draw_a_token_that_can_be_drawn(settings):
+    logits = jnp.asarray([[-3.0, 4.0, 0.5, -jnp.inf]])
+    tokens, log_p = choose_tokens(logits, jnp.ones((1, 4), bool), jax.random.split(
+        jax.random.key(0), 1), SamplerSettings(**settings))
+    assert int(tokens[0]) < 3 and np.isfinite(log_p).all()
+
+
+def test_the_penalty_falls_on_seen_tokens_towards_less_likely():
+    logits = jnp.asarray([[2.0, 2.0, -2.0, -2.0]])
+    seen = jnp.asarray([[True, False, True, False]])
+    found = process_logits(logits, seen, SamplerSettings(repetition_penalty=4.0))
+    np.testing.assert_array_equal(found, [[0.5, 2.0, -8.0, -2.0]])
+    keys = jax.random.split(jax.random.key(0), 1)
+    greedy = SamplerSettings(temperature=0.0, repetition_penalty=4.0)
+    assert int(choose_tokens(logits, seen, keys, greedy)[0][0]) == 1
+
+
+def test_log_probabilities_are_those_of_the_model():
+    logits = jnp.broadcast_to(LOGITS + 3, (2, 5))
+    keys = jax.random.split(jax.random.key(0), 2)
+    tokens, log_p = choose_tokens(logits, jnp.ones((2, 5), bool), keys, SamplerSettings(
+        jnp.asarray([0.0, 3.0]), top_k=2, repetition_penalty=2.0))
+    np.testing.assert_allclose(log_p, LOGITS[tokens], rtol=1e-6)
+
+
+def test_a_row_draws_the_same_beside_other_rows_and_settings():
+    rng = np.random.default_rng(0)
+    logits, keys = rng.normal(size=(3, 30)).astype(np.float32), jax.random.split(
+        jax.random.key(1), 3)
+    seen = np.zeros(logits.shape, bool)
+    mixed = SamplerSettings(np.float32([1, 0, 2]), np.int32([0, 0, 5]), np.float32([0.5, 1, 1]))
+    tokens, log_p = choose_tokens(logits, seen, keys, mixed)
+    for b in range(3):
+        alone = SamplerSettings(*(value if np.ndim(value) == 0 else value[b] for value in mixed))
+        here = slice(b, b + 1)
+        one = choose_tokens(logits[here], seen[here], keys[here], alone)
+        assert int(one[0][0]) == int(tokens[b]) and float(one[1][0]) == float(log_p[b])
+
+
+def test_processors_agree_with_those_of_transformers():
+    cases = json.loads((Path(__file__).parent / "processors.json").read_text())
+    assert len(cases) >= 20
+    process = jax.jit(process_logits)
+    for case in cases:
+        logits = np.asarray(case["logits"], np.float32)[None]
+        seen = np.zeros(logits.shape, bool)
+        seen[0, case["seen"]] = True
+        found = np.asarray(process(logits, seen, SamplerSettings(**case["settings"])))[0]
+        wanted = np.asarray([-np.inf if x is None else x for x in case["processed"]], np.float32)
+        np.testing.assert_array_equal(np.isneginf(found), np.isneginf(wanted),
+                                      str(case["settings"]))
+        kept = np.isfinite(wanted)
+        np.testing.assert_allclose(found[kept], wanted[kept], rtol=1e-6)
+
+
+# ---------------------------------------------------------------- with a model
+
 def draw(model_and_params, prompt=(1, 2, 3), n=24, seed=0, context=16, **settings) -> list[int]:
     model, params = model_and_params
-    return list(sample_tokens(model, params, np.asarray(prompt, np.int32), context=context,
+    return list(sample_without_cache(model, params, np.asarray(prompt, np.int32), context=context,
                               max_new_tokens=n, seed=seed, settings=SamplerSettings(**settings)))
 
 
