@@ -133,11 +133,8 @@ class ModernSSM(nn.Module):
         gates = BlockDiagonal(self.n_heads, 2, dtype=self.dtype, name="gates")(c_BTE)
         g_forget, g_in = jax.nn.sigmoid(gates.astype(jnp.float32))
         log_decay_E = self.param("log_decay", _log_decay_init, (E,))
-        log_a = -_SHARPNESS * jax.nn.softplus(log_decay_E) * g_forget
-        a_BTE = self.edit("decay", jnp.exp(log_a))
-        # The bound keeps the root's derivative below 500 where the decay is almost 1.
-        size = jnp.sqrt(jnp.maximum(-jnp.expm1(2 * log_a), 1e-6))
-        size = jnp.where(first_BT[..., None], 1.0, size)
+        a_BTE, size = decay_and_input(log_decay_E, g_forget, first_BT)
+        a_BTE = self.edit("decay", a_BTE)
         h_BTE = self._scan(a_BTE, size * g_in * scale_E * c_BTE, first_BT, cache, valid_BT)
         h_BTE = self.edit("state", h_BTE)
         return h_BTE, {"decay": a_BTE, "state": h_BTE, "gate_in": g_in, "gate_forget": g_forget}
@@ -168,6 +165,22 @@ class ModernSSM(nn.Module):
         # A token that does not count leaves the state as it is: a = 1, x = 0, exactly.
         a, x = jnp.where(valid_BT[..., None], a, 1.0), jnp.where(valid_BT[..., None], x, 0.0)
         return linear_scan(a, x, cache.state_BE, first_BT & valid_BT, backend=self.config.backend)
+
+
+def decay_and_input(
+    log_decay_E: Float[Array, " E"], g_forget: Float[Array, "... E"], first: Bool[Array, ...],
+) -> tuple[Float[Array, "... E"], Float[Array, "... E"]]:
+    """The decay a and the input's factor sqrt(1 - a^2), which is 1 at a document's first token.
+
+    Args:
+      log_decay_E: parameter of the channels.
+      g_forget: the gate, in (0, 1).
+      first: whether a token is its document's first.
+    """
+    log_a = -_SHARPNESS * jax.nn.softplus(log_decay_E) * g_forget
+    # The bound keeps the root's derivative below 500 where the decay is almost 1.
+    size = jnp.sqrt(jnp.maximum(-jnp.expm1(2 * log_a), 1e-6))
+    return jnp.exp(log_a), jnp.where(first[..., None], 1.0, size)
 
 
 class BlockDiagonal(nn.Module):

@@ -15,7 +15,7 @@ from hippocampus.data.batches import Batch
 from hippocampus.layers.edits import Edit, no_edit, scoped
 from hippocampus.layers.norms import RMSNorm, rms_normalize
 from hippocampus.layers.velocity_field import VelocityField
-from hippocampus.models import gate_statistics
+from hippocampus.models import gate_statistics, single_token
 from hippocampus.models.hybrid_block import BlockSpec, HybridBlock, block_specs
 from hippocampus.models.interventions import NEUTRAL, Interventions
 from hippocampus.models.layer_stack import run_layers
@@ -189,12 +189,9 @@ class HybridLM(nn.Module):
 
         def stack(x: Array, control_LBnP: Array | None, edit: Edit, r: int) -> tuple[Array, dict]:
             layers = []
-            for i, (spec, params) in enumerate(zip(self.specs, self.layer_params, strict=True)):
-                block = HybridBlock(self.config, spec, self.dtype, parent=None)
-                result: Any = block.apply(
-                    {"params": params}, x, positions_Bn, cache.passes[r][i], valid_Bn,
-                    None if control_LBnP is None else control_LBnP[i], method="extend")
-                x, layer = result
+            for i, own in enumerate(cache.passes[r]):
+                control_BnP = None if control_LBnP is None else control_LBnP[i]
+                x, layer = self._extend_layer(i, x, positions_Bn, own, valid_Bn, control_BnP)
                 layers.append(layer)
             passes.append(tuple(layers))
             return x, {}
@@ -269,6 +266,24 @@ class HybridLM(nn.Module):
             return x_BTD, out
         return run_layers(apply_layer, self.specs, self.layer_params, x_BTD, per_layer,
                           scan=cfg.scan_layers, remat=cfg.remat)
+
+    def _has_kernels(self, array_Bn: Array) -> bool:
+        """Whether one token per row is read, by the kernels for it."""
+        return array_Bn.shape[1] == 1 and "fused" in self.variables
+
+    def _extend_layer(self, i: int, x_BnD: Array, positions_Bn: Array, caches: dict[str, Any],
+                      valid_Bn: Array, control_BnP: Array | None) -> tuple[Array, dict[str, Any]]:
+        spec, params = self.specs[i], self.layer_params[i]
+        if self._has_kernels(x_BnD):
+            fused = self.variables["fused"][f"layers_{i}"]
+            x_BD, new = single_token.extend(
+                self.config, spec, params, fused, x_BnD[:, 0], positions_Bn[:, 0],
+                caches, valid_Bn[:, 0], None if control_BnP is None else control_BnP[:, 0])
+            return x_BD[:, None], new
+        block = HybridBlock(self.config, spec, self.dtype, parent=None)
+        result: Any = block.apply({"params": params}, x_BnD, positions_Bn, caches, valid_Bn,
+                                  control_BnP, method="extend")
+        return result
 
     def _skip(self, h_BTD: Array) -> Array:
         """Final hidden states if the last pass were one Euler step away from the first."""
