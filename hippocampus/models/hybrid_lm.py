@@ -16,6 +16,7 @@ from hippocampus.layers.edits import Edit, no_edit, scoped
 from hippocampus.layers.norms import RMSNorm, rms_normalize
 from hippocampus.layers.velocity_field import VelocityField
 from hippocampus.models import gate_statistics, single_token
+from hippocampus.models.decode_parameters import cast_parameters
 from hippocampus.models.hybrid_block import BlockSpec, HybridBlock, block_specs
 from hippocampus.models.interventions import NEUTRAL, Interventions
 from hippocampus.models.layer_stack import run_layers
@@ -199,6 +200,24 @@ class HybridLM(nn.Module):
         states, _ = self.reasoner(stack, x_BnD, len(cache.passes))
         hidden_BnD = self._skip(states[-1]) if skip else self.norm_out(states[-1])
         return hidden_BnD, HybridCache(cache.length_B + valid_Bn.sum(1), tuple(passes))
+
+    @nn.nowrap
+    def reset(self, cache: HybridCache, rows_B: Bool[Array, " B"]) -> HybridCache:
+        """The cache with these rows as before their first token; the others keep every bit."""
+        def clear(array: Array) -> Array:
+            chosen = rows_B.reshape(-1, *[1] * (array.ndim - 1))
+            return jnp.where(chosen, jnp.zeros((), array.dtype), array)
+
+        return jax.tree.map(clear, cache)
+
+    @nn.nowrap
+    def decode_params(self, params: Any) -> Any:
+        """The parameters with those in compute dtype that every use casts to it anyway.
+
+        Nothing changes in what the model computes; a decoder, which reads all of them for every
+        token, reads fewer bytes. Not for training.
+        """
+        return cast_parameters(params, jnp.dtype(self.config.compute_dtype))
 
     def velocity(self, x_BTD: Float[Array, "B T D"],
                  tau_BT: Float[Array, "B T"]) -> Float[Array, "B T D"]:
