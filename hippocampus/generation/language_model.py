@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from functools import cached_property
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+import numpy as np
+from jaxtyping import Array, Int
 
 from hippocampus.config import Config
 from hippocampus.data.batches import Batch
@@ -18,10 +20,33 @@ from hippocampus.data.documents import count_words
 from hippocampus.data.evaluation_windows import EvaluationWindows
 from hippocampus.data.tokenizers import Tokenizer
 from hippocampus.errors import ConfigError, DataError
-from hippocampus.generation.sampling import SamplerSettings, sample_without_cache
-from hippocampus.generation.text_stream import TextStream
+from hippocampus.generation.generate import (
+    Continuation,
+    Request,
+    Row,
+    check_seeds,
+    in_batches,
+    write_rows,
+)
 from hippocampus.models import taps
 from hippocampus.ops.cross_entropy import token_nll
+
+_SHORTEST_WINDOW = 32
+
+
+class Settings(TypedDict, total=False):
+    """Settings of `LanguageModel.generate` and `LanguageModel.stream`; see there."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | Sequence[int]
+    stop: str | Sequence[str]
+    segments: int | None
+    skip: bool
 
 
 @dataclass(frozen=True)
@@ -66,65 +91,122 @@ class LanguageModel:
         self.config, self.step = config, step
 
     @overload
-    def generate(self, prompt: str, *, max_new_tokens: int = ..., temperature: float = ...,
-                 top_k: int = ..., top_p: float = ..., seed: int = ...,
-                 stream: Literal[False] = ...) -> str: ...
+    def generate(  # type: ignore[overload-overlap]
+            self, prompt: str, *, log_probabilities: Literal[False] = ...,
+            stream: Literal[False] = ..., **settings: Unpack[Settings]) -> str: ...
     @overload
-    def generate(self, prompt: str, *, max_new_tokens: int = ..., temperature: float = ...,
-                 top_k: int = ..., top_p: float = ..., seed: int = ...,
-                 stream: Literal[True]) -> Iterator[str]: ...
-    def generate(self, prompt: str, *, max_new_tokens: int = 200, temperature: float = 1.0,
-                 top_k: int = 0, top_p: float = 1.0, seed: int = 0,
-                 stream: bool = False) -> str | Iterator[str]:
-        """Continues a text.
+    def generate(  # type: ignore[overload-overlap]
+            self, prompt: str, *, log_probabilities: Literal[True],
+            stream: Literal[False] = ..., **settings: Unpack[Settings]) -> Continuation: ...
+    @overload
+    def generate(self, prompt: str, *, log_probabilities: Literal[False] = ...,
+                 stream: Literal[True], **settings: Unpack[Settings]) -> Iterator[str]: ...
+    @overload
+    def generate(self, prompt: Sequence[str], *, log_probabilities: Literal[False] = ...,
+                 stream: Literal[False] = ..., **settings: Unpack[Settings]) -> list[str]: ...
+    @overload
+    def generate(self, prompt: Sequence[str], *, log_probabilities: Literal[True],
+                 stream: Literal[False] = ..., **settings: Unpack[Settings],
+                 ) -> list[Continuation]: ...
+    def generate(self, prompt: str | Sequence[str], *, max_new_tokens: int = 200,
+                 temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
+                 repetition_penalty: float = 1.0, seed: int | Sequence[int] = 0,
+                 stop: str | Sequence[str] = (), segments: int | None = None, skip: bool = False,
+                 log_probabilities: bool = False, stream: bool = False) -> Any:
+        """Continues a text, or each of several.
+
+        A text depends on its own prompt and seed alone. It ends after `max_new_tokens`, in front
+        of a stop string, or where the model ends it (`<|endoftext|>`, which is not part of it).
 
         Args:
-          prompt: the text to continue; at least one token.
-          max_new_tokens: tokens to add.
+          prompt: the text to continue, at least one token; or a list of them.
+          max_new_tokens: most tokens to add.
           temperature: 0 = always the most likely token.
           top_k: draw among the k most likely; 0 = all.
           top_p: draw among the most likely that reach this probability; 1 = all.
-          seed: the same seed gives the same text.
-          stream: yield pieces of text as they come.
+          min_p: draw among those with at least this share of the most likely one's probability.
+          repetition_penalty: above 1 makes tokens that the row has had less likely.
+          seed: the same seed gives the same text; one for all prompts alike, or one for each.
+          stop: strings that end a text.
+          segments: reasoning passes; None = as in training.
+          skip: one pass and one step of the segment flow instead of all passes.
+          log_probabilities: give tokens and their log-probabilities too.
+          stream: as `stream`.
 
         Returns:
-          The continuation without the prompt, or an iterator over its pieces.
+          The continuation without the prompt; for a list of prompts a list. With
+          `log_probabilities` a `Continuation` in place of each text, with `stream` an iterator.
 
         Raises:
-          ConfigError: a setting out of range, or an empty prompt.
+          ConfigError: a setting out of range or not for this model, an empty prompt, or, with
+            learned positions, more tokens than the model has positions.
           DataError: a character that the tokenizer does not know.
         """
-        checks = (("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "at least 0"),
-                  ("temperature", temperature, 0 <= temperature < math.inf, "at least 0"),
-                  ("top_k", top_k, top_k >= 0, "at least 0"),
-                  ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
-                  ("seed", seed, 0 <= seed < 2**32, "between 0 and 2**32 - 1"))
-        for name, value, good, allowed in checks:
-            if not good:
-                raise ConfigError(f"{name} is {value}", f"it must be {allowed}")
-        ids = self.tokenizer.encode(prompt)
-        if not len(ids):
-            raise ConfigError("the prompt is empty", "give at least one character")
-        tokens = sample_without_cache(
-            self.model, self.params, ids, context=self.config.data.context,
-            max_new_tokens=max_new_tokens, seed=seed,
-            settings=SamplerSettings(float(temperature), int(top_k), float(top_p)))
-        pieces = _pieces(TextStream(self.tokenizer, ids), tokens)
-        return pieces if stream else "".join(pieces)
+        request = Request.check(
+            self.model, max_new_tokens=max_new_tokens, stop=stop, segments=segments, skip=skip,
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            repetition_penalty=repetition_penalty)
+        one = isinstance(prompt, str)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if stream and (not one or log_probabilities):
+            raise ConfigError("stream gives the text of one prompt",
+                              "leave out log_probabilities" if one else "give one prompt")
+        ids = [self._encode(text, "the prompt" if one else f"prompt {n} of {len(prompts)}",
+                            request) for n, text in enumerate(prompts, 1)]
+        seeds = check_seeds(seed, len(prompts))
+        rows = [Row(row, int(own), self.tokenizer, request.stop)
+                for row, own in zip(ids, seeds, strict=True)]
+        if stream:
+            pieces = self._write(rows, request, streamed=True)
+            return (piece for (piece,) in pieces if piece)
+        for batch in in_batches(rows):
+            for _ in self._write(batch, request):
+                pass
+        found = [row.continuation if log_probabilities else row.continuation.text for row in rows]
+        return found[0] if one else found
 
-    def score(self, text: str) -> Score:
-        """How well the model predicts a text, read in windows of the training context.
+    def stream(self, prompt: str, **settings: Unpack[Settings]) -> Iterator[str]:
+        """Continues a text; yields its pieces as they become certain.
+
+        Args:
+          prompt: the text to continue; at least one token.
+          settings: as for `generate`; the pieces together are what it gives.
+
+        Raises:
+          ConfigError, DataError: as `generate`, before the first piece is asked for.
+        """
+        return self.generate(prompt, stream=True, **settings)
+
+    @cached_property
+    def decode_params(self) -> Any:
+        """The parameters as the decoder reads them; they give the same bits."""
+        return self.model.decode_params(self.params)
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model looks back to."""
+        cfg = self.model.config
+        return cfg.max_length if cfg.position == "learned" else self.config.data.context
+
+    def room(self, prompt: str) -> float:
+        """Tokens that can be written behind a prompt; infinite but for learned positions."""
+        if self.model.config.position != "learned":
+            return math.inf
+        return max(0, self.context - len(self.tokenizer.encode(prompt)))
+
+    @overload
+    def score(self, text: str) -> Score: ...  # type: ignore[overload-overlap]
+    @overload
+    def score(self, text: Sequence[str]) -> list[Score]: ...
+    def score(self, text: str | Sequence[str]) -> Score | list[Score]:
+        """How well the model predicts a text, or each of several.
+
+        A text is read in windows of the training context.
 
         Raises:
           DataError: fewer than two tokens, or a character that the tokenizer does not know.
         """
-        ids = self.tokenizer.encode(text)
-        if len(ids) < 2:
-            raise DataError("the text is shorter than two tokens", "there is nothing to predict")
-        windows = EvaluationWindows(ids, min(self.config.data.context, len(ids) - 1), 1)
-        nats = sum(float(_nll_sum(self.model, self.params, batch)) for batch in windows)
-        return Score(nats, windows.n_targets, count_words(text, ends=False),
-                     self.tokenizer.count_bytes(ids[1:]))
+        return self._score(text) if isinstance(text, str) else [self._score(t) for t in text]
 
     def run_with_cache(self, text: str | Array, names: str | Iterable[str] = "*",
                        ) -> tuple[Array, dict[str, Array]]:
@@ -135,6 +217,36 @@ class LanguageModel:
                        names: str | Iterable[str] = ()) -> tuple[Array, dict[str, Array]]:
         """The same with some intermediates changed; see `hippocampus.models.taps`."""
         return taps.run_with_edits(self.model, self.params, self._tokens(text), edits, names)
+
+    def _encode(self, text: str, name: str, request: Request) -> Int[np.ndarray, " n"]:
+        if not isinstance(text, str):
+            raise ConfigError(f"{name} is {text!r}", "it must be text")
+        ids = self.tokenizer.encode(text)
+        if not len(ids):
+            raise ConfigError(f"{name} is empty", "give at least one character")
+        learned = self.model.config.position == "learned" and request.max_new_tokens
+        if learned and len(ids) + request.max_new_tokens > self.context:
+            raise ConfigError(
+                f"{name} of {len(ids)} tokens and max_new_tokens of {request.max_new_tokens} are "
+                f"more than the model's {self.context} learned positions",
+                "give less of one of them")
+        return ids
+
+    def _write(self, rows: Sequence[Row], request: Request, *,
+               streamed: bool = False) -> Iterator[list[str]]:
+        return write_rows(self.model, self.decode_params, rows, request, context=self.context,
+                          end_id=self.tokenizer.end_id, streamed=streamed)
+
+    def _score(self, text: str) -> Score:
+        ids = self.tokenizer.encode(text)
+        if len(ids) < 2:
+            raise DataError("the text is shorter than two tokens", "there is nothing to predict")
+        # Few sizes, so that texts of all lengths compile a handful of programs.
+        size = max(_SHORTEST_WINDOW, 1 << (len(ids) - 2).bit_length())
+        windows = EvaluationWindows(ids, min(self.config.data.context, size), 1)
+        nats = sum(float(_nll_sum(self.model, self.params, batch)) for batch in windows)
+        return Score(nats, windows.n_targets, count_words(text, ends=False),
+                     self.tokenizer.count_bytes(ids[1:]))
 
     def _tokens(self, text: str | Array) -> Array:
         tokens = self.tokenizer.encode(text)[None] if isinstance(text, str) else text
@@ -148,11 +260,3 @@ def _nll_sum(model: Any, params: Any, batch: Batch) -> Array:
     hidden_BTD, _, _ = model.apply({"params": params}, batch, method="forward")
     nll_BT = token_nll(hidden_BTD, model.head(params), batch.targets_BT)
     return (nll_BT * batch.loss_weight_BT).sum()
-
-
-def _pieces(stream: TextStream, tokens: Iterator[int]) -> Iterator[str]:
-    for token in tokens:
-        if piece := stream.push([token]):
-            yield piece
-    if piece := stream.finish():
-        yield piece

@@ -100,7 +100,8 @@ def eval_values(prefix: str, scored: Mapping[str, Evaluation]) -> dict[str, floa
 def generate_sample(lm: LanguageModel, config: Config) -> str:
     """The sample that a config asks for, without its prompt."""
     sample = config.sample
-    return lm.generate(sample.prompt, max_new_tokens=sample.max_new_tokens, top_k=sample.top_k,
+    length = int(min(sample.max_new_tokens, lm.room(sample.prompt)))
+    return lm.generate(sample.prompt, max_new_tokens=length, top_k=sample.top_k,
                        temperature=sample.temperature, seed=config.train.seed)
 
 
