@@ -4,7 +4,8 @@
     python benchmarks/decode.py --config=configs/wt103_bpe.py --batch=1,64 --peer=transformers
 
 Weights are random unless `--workdir` names a run. Every line is measured `--repeats` times after a
-warm-up and the median counts; the reading of the prompt is not in it. The floor of a token is the
+warm-up and the median counts; the reading of the prompt is not in it, but for the lines that are
+compared with the peer, whose time it is part of. The floor of a token is the
 time in which the device moves as many bytes as parameters and caches have, in place over an array
 of that size (what fits into the caches of a processor comes from there), measured in the same run;
 `of floor` is floor / measured.
@@ -38,6 +39,7 @@ from hippocampus.generation.sampling import SamplerSettings, sample_without_cach
 from hippocampus.models.build_model import build_model, parameter_shapes
 
 GREEDY = SamplerSettings(temperature=0.0)
+WHOLE = "cached, R = 1, prompt included"
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Result:
 def main() -> None:
     """Prints one line for each measurement, and the results as JSON with --json."""
     given = parse()
-    model, params, context = open_model(given)
+    model, variables, context = open_model(given)
     results = []
     if not given.json:
         device = jax.devices()[0]
@@ -71,7 +73,7 @@ def main() -> None:
               f"tokens, {given.repeats} repeats")
         print(f"{'':<44} {'batch':>6} {'µs/token':>10} {'tokens/s':>10} {'GB/s':>7} "
               f"{'of floor':>9}")
-    for result in measurements(given, model, params, context):
+    for result in measurements(given, model, variables, context):
         results.append(result)
         if not given.json:
             share = (f"{result.n_bytes / result.seconds / 1e9:7.1f} "
@@ -114,10 +116,10 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def open_model(given: argparse.Namespace) -> tuple[Any, Any, int]:
-    """The model, its parameters as a decoder holds them, and its context."""
+    """The model, its variables as a decoder holds them, and its context."""
     if given.workdir:
         lm = load(given.workdir)
-        return lm.model, lm.decode_params, lm.context
+        return lm.model, lm.decode_variables, lm.context
     changes: dict[str, Any] = {}
     if given.paths:
         changes |= {"model.paths": tuple(given.paths.split(",")), "model.layer_paths": ()}
@@ -130,16 +132,18 @@ def open_model(given: argparse.Namespace) -> tuple[Any, Any, int]:
 
 def random_model(path: str, changes: dict[str, Any]) -> tuple[Any, Any]:
     """A config's model with small random weights."""
-    model = build_model(load_config(path, changes))
+    config = load_config(path, changes)
+    model = build_model(config)
     draw = np.random.default_rng(0)
 
     def leaf(shape: Any) -> jax.Array:
         return jnp.asarray(draw.standard_normal(shape.shape, np.float32) * 0.02)
 
-    return model, model.decode_params(jax.tree.map(leaf, parameter_shapes(model)))
+    return model, model.decode_variables(
+        jax.tree.map(leaf, parameter_shapes(model)), config.data.context)
 
 
-def measurements(given: argparse.Namespace, model: Any, params: Any,
+def measurements(given: argparse.Namespace, model: Any, variables: Any,
                  context: int) -> Iterator[Result]:
     """Every line, in order."""
     measure = functools.partial(cached, given)
@@ -148,13 +152,15 @@ def measurements(given: argparse.Namespace, model: Any, params: Any,
             for passes in given.segments:
                 if passes > 1 == model.config.segments.train:
                     continue  # there is no controller to read a pass
-                yield measure(f"cached, R = {passes}", model, params, batch, context,
+                yield measure(f"cached, R = {passes}", model, variables, batch, context,
                               passes=passes)
+                if given.peer and passes == 1:
+                    yield measure(WHOLE, model, variables, batch, context, passes=1, whole=True)
             if model.flow_width:
-                yield measure("cached, one pass and one flow step", model, params, batch, context,
-                              passes=1, skip=True)
+                yield measure("cached, one pass and one flow step", model, variables, batch,
+                              context, passes=1, skip=True)
     if "full" in given.only:
-        yield uncached(given, model, params, context)
+        yield uncached(given, model, variables, context)
     if "contexts" in given.only:
         for length in given.contexts:
             small, weights = variant(given, {"model.paths": ("ssm",), "data.context": length})
@@ -185,40 +191,42 @@ def slots_only(given: argparse.Namespace, slots: int, context: int) -> tuple[Any
         "model.hopfield.n_slots": slots, "data.context": context})
 
 
-def cached(given: argparse.Namespace, what: str, model: Any, params: Any, batch: int,
+def cached(given: argparse.Namespace, what: str, model: Any, variables: Any, batch: int,
            context: int, *, passes: int | None = None, skip: bool = False,
-           prompt: int | None = None) -> Result:
-    """The decode loop."""
+           prompt: int | None = None, whole: bool = False) -> Result:
+    """The decode loop; with `whole`, the reading of the prompt too."""
     prompt = prompt or given.prompt
     ids = np.random.default_rng(1).integers(0, model.config.vocab_size, (batch, prompt))
     prompts, seeds = list(ids.astype(np.int32)), np.arange(batch, dtype=np.uint32)
     max_length = decode.capacity(prompt + given.new, context)
     seconds, n_bytes = [], 0
     for repeat in range(given.repeats + 1):
-        state = decode.start(model, params, prompts, max_length=max_length, passes=passes,
+        started = time.perf_counter()
+        state = decode.start(model, variables, prompts, max_length=max_length, passes=passes,
                              skip=skip)
-        n_bytes = size((params, state.cache))
+        n_bytes = size((variables["params"], state.cache))
         jax.block_until_ready(state)
         begin = time.perf_counter()
         for first in range(0, given.new, decode.TOKENS_PER_CALL):
             limit = min(decode.TOKENS_PER_CALL, given.new - first)
-            state, _ = decode.write(model, params, state, seeds, GREEDY, limit, skip=skip)
+            state, _ = decode.write(model, variables, state, seeds, GREEDY, limit, skip=skip)
         jax.block_until_ready(state)
-        took = time.perf_counter() - begin
+        took = time.perf_counter() - (started if whole else begin)
         assert int(state.drawn) == given.new
         if repeat:  # the first one compiles
             seconds.append(took / given.new)
     return Result(what, batch, statistics.median(seconds), n_bytes, floor(n_bytes))
 
 
-def uncached(given: argparse.Namespace, model: Any, params: Any, context: int) -> Result:
+def uncached(given: argparse.Namespace, model: Any, variables: Any, context: int) -> Result:
     """The loop that reads the whole window for every token."""
     prompt = np.random.default_rng(1).integers(0, model.config.vocab_size, given.prompt)
     new = min(given.new, 64)  # every token takes the same time
 
     def run() -> None:
-        for _ in sample_without_cache(model, params, prompt.astype(np.int32), context=context,
-                                      max_new_tokens=new, settings=GREEDY, seed=0):
+        for _ in sample_without_cache(model, variables["params"], prompt.astype(np.int32),
+                                      context=context, max_new_tokens=new, settings=GREEDY,
+                                      seed=0):
             pass
 
     return Result(f"full forward over {context} tokens", 1, median(run, given.repeats) / new)
@@ -282,6 +290,7 @@ def compare(results: list[Result]) -> None:
     """The ratios that matter."""
     by_name = {(result.what, result.batch): result.seconds for result in results}
     mine = {r.batch: r for r in results if r.what == "cached, R = 1"}
+    whole = {r.batch: r for r in results if r.what == WHOLE}
     full = [r for r in results if r.what.startswith("full forward")]
     if full and 1 in mine:
         print(f"cached against full forward: {full[0].seconds / mine[1].seconds:.1f} times faster")
@@ -290,9 +299,9 @@ def compare(results: list[Result]) -> None:
         if len(behind) > 1:
             print(f"{kind}: longest context takes {behind[-1] / behind[0]:.2f} times the shortest")
     for result in results:
-        if result.what.startswith("transformers") and result.batch in mine:
-            print(f"against transformers at batch {result.batch}: "
-                  f"{result.seconds / mine[result.batch].seconds:.2f} times its tokens/s")
+        if result.what.startswith("transformers") and result.batch in whole:
+            print(f"against transformers at batch {result.batch}, prompt included: "
+                  f"{result.seconds / whole[result.batch].seconds:.2f} times its tokens/s")
 
 
 if __name__ == "__main__":

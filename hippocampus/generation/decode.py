@@ -77,13 +77,13 @@ def capacity(length: int, context: int) -> int:
     return min(size, context)
 
 
-def start(model: Any, params: Any, prompts: Sequence[Int[np.ndarray, " n"]], *, max_length: int,
+def start(model: Any, variables: Any, prompts: Sequence[Int[np.ndarray, " n"]], *, max_length: int,
           passes: int | None = None, skip: bool = False) -> DecodeState:
     """Reads the prompts.
 
     Args:
       model: an unbound model.
-      params: its parameters.
+      variables: from `decode_variables` of the model.
       prompts: ids; a row without any stands for nothing and is done.
       max_length: tokens that a row looks back to (see `init_cache` of the model).
       passes, skip: reasoning passes, and whether the flow network stands for the last one.
@@ -95,23 +95,23 @@ def start(model: Any, params: Any, prompts: Sequence[Int[np.ndarray, " n"]], *, 
     tokens = np.zeros((len(prompts), lengths.max()), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[:len(prompt)] = prompt
-    state = _empty(model, params, len(prompts), max_length, passes)
+    state = _empty(model, variables, len(prompts), max_length, passes)
     for begin, size in _chunks(int(lengths.max())):
         chunk = tokens[:, begin:begin + size]
         chunk = np.pad(chunk, ((0, 0), (0, size - chunk.shape[1])))
         valid = begin + np.arange(size) < lengths[:, None]
-        state = _read(model, params, state, chunk, valid, skip=skip)
+        state = _read(model, variables, state, chunk, valid, skip=skip)
     return state
 
 
-def write(model: Any, params: Any, state: DecodeState, seeds_B: Int[np.ndarray, " B"],
+def write(model: Any, variables: Any, state: DecodeState, seeds_B: Int[np.ndarray, " B"],
           settings: SamplerSettings, limit: int, end_id: int | None = None, *,
           skip: bool = False) -> tuple[DecodeState, Drawn]:
     """Draws the next tokens, until so many are drawn or every row is done.
 
     Args:
       model: an unbound model.
-      params: its parameters.
+      variables: from `decode_variables` of the model.
       state: from `start` or the last call; it is used up.
       seeds_B: of each row's draws.
       settings: of the sampler, for all rows or one each.
@@ -126,8 +126,8 @@ def write(model: Any, params: Any, state: DecodeState, seeds_B: Int[np.ndarray, 
     arrays: dict[str, Any] = {
         name: np.asarray(value, np.int32 if name == "top_k" else np.float32)
         for name, value in settings._asdict().items()}
-    return _compiled_write(_platform(params))(
-        model, params, state, np.asarray(seeds_B, np.uint32), SamplerSettings(**arrays),
+    return _compiled_write(_platform(variables))(
+        model, variables, state, np.asarray(seeds_B, np.uint32), SamplerSettings(**arrays),
         np.int32(limit), np.int32(-1 if end_id is None else end_id), skip=skip)
 
 
@@ -154,8 +154,8 @@ def _compiled_write(platform: str) -> Any:
                    compiler_options=options or None)
 
 
-def _platform(params: Any) -> str:
-    leaf = jax.tree.leaves(params)[0]
+def _platform(variables: Any) -> str:
+    leaf = jax.tree.leaves(variables)[0]
     device = next(iter(leaf.devices())) if isinstance(leaf, jax.Array) else jax.devices()[0]
     return str(device.platform)
 
@@ -171,22 +171,22 @@ def _chunks(length: int) -> Iterator[tuple[int, int]]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3, 4))
-def _empty(model: Any, params: Any, batch: int, max_length: int,
+def _empty(model: Any, variables: Any, batch: int, max_length: int,
            passes: int | None) -> DecodeState:
-    V = model.head(params).weight_VD.shape[0]
+    V = model.head(variables["params"]).weight_VD.shape[0]
     return DecodeState(
         cache=model.init_cache(batch, max_length, passes), logits_BV=jnp.zeros((batch, V)),
         seen_BV=jnp.zeros((batch, V), bool), done_B=jnp.ones((batch,), bool), drawn=jnp.int32(0))
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="skip", donate_argnums=2)
-def _read(model: Any, params: Any, state: DecodeState, tokens_Bn: Array, valid_Bn: Array, *,
+def _read(model: Any, variables: Any, state: DecodeState, tokens_Bn: Array, valid_Bn: Array, *,
           skip: bool) -> DecodeState:
-    hidden_BnD, cache = model.apply({"params": params}, tokens_Bn, state.cache, valid_Bn,
+    hidden_BnD, cache = model.apply(variables, tokens_Bn, state.cache, valid_Bn,
                                     skip=skip, method="extend")
     n_valid_B = valid_Bn.sum(1)
     last_B1D = jnp.take_along_axis(hidden_BnD, jnp.maximum(n_valid_B - 1, 0)[:, None, None], 1)
-    logits_BV = model.head(params).logits(last_B1D[:, 0])
+    logits_BV = model.head(variables["params"]).logits(last_B1D[:, 0])
     some_B = n_valid_B > 0
     rows_B1 = jnp.arange(len(tokens_Bn))[:, None]
     outside = state.seen_BV.shape[1]
@@ -197,7 +197,7 @@ def _read(model: Any, params: Any, state: DecodeState, tokens_Bn: Array, valid_B
         done_B=state.done_B & ~some_B)
 
 
-def _write(model: Any, params: Any, state: DecodeState, seeds_B: Array,
+def _write(model: Any, variables: Any, state: DecodeState, seeds_B: Array,
            settings: SamplerSettings, limit: Array, end_id: Array, *,
            skip: bool) -> tuple[DecodeState, Drawn]:
     B = state.done_B.shape[0]
@@ -218,10 +218,10 @@ def _write(model: Any, params: Any, state: DecodeState, seeds_B: Array,
             _set_column(drawn.tokens_BM, drawn.n, jnp.where(live_B, tokens_B, -1)),
             _set_column(drawn.log_p_BM, drawn.n, log_p_B), drawn.n + 1)
         done_B = state.done_B | (tokens_B == end_id)
-        hidden_B1D, cache = model.apply({"params": params}, tokens_B[:, None], state.cache,
+        hidden_B1D, cache = model.apply(variables, tokens_B[:, None], state.cache,
                                         ~done_B[:, None], skip=skip, method="extend")
         return dataclasses.replace(
-            state, cache=cache, logits_BV=model.head(params).logits(hidden_B1D[:, 0]),
+            state, cache=cache, logits_BV=model.head(variables["params"]).logits(hidden_B1D[:, 0]),
             done_B=done_B,
             seen_BV=state.seen_BV.at[jnp.arange(B), tokens_B].set(True, unique_indices=True),
             drawn=state.drawn + 1), drawn

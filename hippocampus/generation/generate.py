@@ -147,13 +147,13 @@ class Row:
                             tuple(self._log_p[:kept]), "stop" if self.done else "length")
 
 
-def write_rows(model: Any, params: Any, rows: Sequence[Row], request: Request, *, context: int,
+def write_rows(model: Any, variables: Any, rows: Sequence[Row], request: Request, *, context: int,
                end_id: int | None, streamed: bool = False) -> Iterator[list[str]]:
     """Writes behind every row, as one batch on the device.
 
     Args:
       model: an unbound model.
-      params: its parameters.
+      variables: from `decode_variables` of the model.
       rows: at most `ROWS_PER_BATCH`.
       request: what is asked for.
       context: tokens that a row looks back to at most.
@@ -172,10 +172,10 @@ def write_rows(model: Any, params: Any, rows: Sequence[Row], request: Request, *
     left = request.max_new_tokens
     if left:
         state = decode.start(
-            model, params, [*(row.prompt for row in rows), *nothing],
+            model, variables, [*(row.prompt for row in rows), *nothing],
             max_length=decode.capacity(longest, context), passes=request.passes, skip=request.skip)
     while left > 0 and not all(row.done for row in rows):
-        state, drawn = decode.write(model, params, state, seeds_B, request.sampler,
+        state, drawn = decode.write(model, variables, state, seeds_B, request.sampler,
                                     min(limit, left), end_id, skip=request.skip)
         drawn = jax.device_get(drawn)
         n = int(drawn.n)

@@ -178,9 +178,9 @@ class LanguageModel:
         return self.generate(prompt, stream=True, **settings)
 
     @cached_property
-    def decode_params(self) -> Any:
-        """The parameters as the decoder reads them; they give the same bits."""
-        return self.model.decode_params(self.params)
+    def decode_variables(self) -> dict[str, Any]:
+        """The parameters as the decoder reads them."""
+        return self.model.decode_variables(self.params, self.context)
 
     @property
     def context(self) -> int:
@@ -234,7 +234,7 @@ class LanguageModel:
 
     def _write(self, rows: Sequence[Row], request: Request, *,
                streamed: bool = False) -> Iterator[list[str]]:
-        return write_rows(self.model, self.decode_params, rows, request, context=self.context,
+        return write_rows(self.model, self.decode_variables, rows, request, context=self.context,
                           end_id=self.tokenizer.end_id, streamed=streamed)
 
     def _score(self, text: str) -> Score:

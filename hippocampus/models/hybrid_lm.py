@@ -21,6 +21,7 @@ from hippocampus.models.hybrid_block import BlockSpec, HybridBlock, block_specs
 from hippocampus.models.interventions import NEUTRAL, Interventions
 from hippocampus.models.layer_stack import run_layers
 from hippocampus.models.segment_reasoner import SegmentReasoner
+from hippocampus.ops import decode_kernels
 from hippocampus.ops.cross_entropy import Head
 from hippocampus.ops.embedding import embed
 
@@ -219,6 +220,30 @@ class HybridLM(nn.Module):
         """
         return cast_parameters(params, jnp.dtype(self.config.compute_dtype))
 
+    @nn.nowrap
+    def decode_variables(self, params: Any, capacity: int) -> dict[str, Any]:
+        """What `apply(…, method="extend")` takes to read single tokens fast.
+
+        Args:
+          params: parameters of the model.
+          capacity: tokens that the largest cache holds.
+
+        Returns:
+          "params", from `decode_params`; and "fused", the matrices for the kernels of
+          `single_token`, where those run: with a cuDNN attention backend, in bfloat16, on one
+          device. Their results agree to the precision of bfloat16.
+        """
+        cfg, cast = self.config, self.decode_params(params)
+        devices = jax.tree.leaves(params)[0].devices()
+        if not (single_token.supports(cfg, capacity) and cfg.attention.backend == "cudnn"
+                and cfg.compute_dtype == "bfloat16" and len(devices) == 1
+                and next(iter(devices)).platform == "gpu"):
+            return {"params": cast}
+        layers = {f"layers_{i}": spec for i, spec in enumerate(block_specs(cfg))}
+        return {"params": cast, "fused": jax.jit(lambda params: {
+            name: single_token.fuse(params[name], spec, jnp.bfloat16)
+            for name, spec in layers.items()})(cast)}
+
     def velocity(self, x_BTD: Float[Array, "B T D"],
                  tau_BT: Float[Array, "B T"]) -> Float[Array, "B T D"]:
         """The segment flow's velocity (needs `flow_width` > 0)."""
@@ -286,9 +311,11 @@ class HybridLM(nn.Module):
         return run_layers(apply_layer, self.specs, self.layer_params, x_BTD, per_layer,
                           scan=cfg.scan_layers, remat=cfg.remat)
 
-    def _has_kernels(self, array_Bn: Array) -> bool:
+    def _has_kernels(self, x_BnD: Array) -> bool:
         """Whether one token per row is read, by the kernels for it."""
-        return array_Bn.shape[1] == 1 and "fused" in self.variables
+        B, n = x_BnD.shape[:2]
+        few = B < decode_kernels.ROWS or B & (B - 1) == 0
+        return n == 1 and few and "fused" in self.variables
 
     def _extend_layer(self, i: int, x_BnD: Array, positions_Bn: Array, caches: dict[str, Any],
                       valid_Bn: Array, control_BnP: Array | None) -> tuple[Array, dict[str, Any]]:

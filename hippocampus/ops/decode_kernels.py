@@ -221,7 +221,7 @@ def _retrieve_kernel(position_ref: Any, valid_ref: Any, scale_ref: Any, q_ref: A
                           for ref in (new_refs[0], new_refs[-1]))
     state: Any = sum(jnp.where((row == i)[:, None], q_ref[i, :].astype(jnp.float32)[None, :], 0.0)
                 for i in range(r))
-    scale = sum(jnp.where(row == i, scale_ref[i], 0.0) for i in range(r))
+    scale: Any = sum(jnp.where(row == i, scale_ref[i], 0.0) for i in range(r))
     for j in range(found_ref.shape[0]):
         query = (state * scale[:, None]).astype(dtype)
 

@@ -39,10 +39,11 @@ def draw(built, prompts=PROMPTS, seeds=SEEDS, settings=DRAWN, n=N, *, kind=ALL, 
          calls=None):
     """Tokens and log-probabilities of every row; -1 and nothing behind a row's end."""
     model, params = built(kind)
-    state = decode.start(model, params, prompts, max_length=kind["data.context"])
+    state = decode.start(model, {"params": params}, prompts, max_length=kind["data.context"])
     tokens, log_p = [], []
     for limit in calls or (n,):
-        state, drawn = decode.write(model, params, state, seeds, settings, limit, end_id)
+        state, drawn = decode.write(model, {"params": params}, state, seeds, settings, limit,
+                                    end_id)
         tokens.append(np.asarray(drawn.tokens_BM)[:, :int(drawn.n)])
         log_p.append(np.asarray(drawn.log_p_BM)[:, :int(drawn.n)])
     return np.concatenate(tokens, 1), np.concatenate(log_p, 1)
@@ -155,11 +156,11 @@ def test_calls_of_any_size_draw_the_same_tokens(built):
 
 def test_a_row_that_is_stopped_draws_no_more(built):
     model, params = built(ALL)
-    state = decode.start(model, params, PROMPTS, max_length=CONTEXT)
-    state, first = decode.write(model, params, state, SEEDS, DRAWN, 5)
+    state = decode.start(model, {"params": params}, PROMPTS, max_length=CONTEXT)
+    state, first = decode.write(model, {"params": params}, state, SEEDS, DRAWN, 5)
     state = decode.stop_rows(state, np.asarray([False, True, False]))
     before = [np.asarray(leaf[1]) for leaf in jax.tree.leaves(state.cache)]
-    state, then = decode.write(model, params, state, SEEDS, DRAWN, 9)
+    state, then = decode.write(model, {"params": params}, state, SEEDS, DRAWN, 9)
     tokens = np.concatenate([first.tokens_BM[:, :5], then.tokens_BM[:, :9]], 1)
     whole, _ = draw(built)
     np.testing.assert_array_equal(tokens[[0, 2]], whole[[0, 2]])
@@ -186,9 +187,9 @@ def test_prompts_of_any_length_compile_a_handful_of_programs(built, context, mos
     programs = (decode._read, decode._compiled_write("cpu"))
     before = sum(program._cache_size() for program in programs)
     for length in np.linspace(1, context - 4, 20).astype(int):
-        state = decode.start(model, params, [np.ones(length, np.int32)],
+        state = decode.start(model, {"params": params}, [np.ones(length, np.int32)],
                              max_length=decode.capacity(length + 4, context))
-        state, _ = decode.write(model, params, state, SEEDS[:1], GREEDY, 4)
+        state, _ = decode.write(model, {"params": params}, state, SEEDS[:1], GREEDY, 4)
         assert int(state.cache.length_B[0]) == length + 4
     assert sum(program._cache_size() for program in programs) - before <= most
 
