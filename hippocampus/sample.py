@@ -2,38 +2,92 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+from hippocampus.errors import ConfigError
 from hippocampus.verbs import Parser, run_verb
+
+_SAMPLER: dict[str, tuple[type, Any, str]] = {
+    "max_new_tokens": (int, 200, "most tokens to write"),
+    "temperature": (float, 0.8, "0 = most likely token"),
+    "top_k": (int, 0, "among the k most likely; 0 = all tokens"),
+    "top_p": (float, 1.0, "among the most likely that reach this probability; 1 = all"),
+    "min_p": (float, 0.0, "among those with this share of the most likely one's; 0 = all"),
+    "repetition_penalty": (float, 1.0, "above 1: tokens that were there become less likely"),
+    "seed": (int, 0, "the same seed gives the same text"),
+    "segments": (int, None, "reasoning passes (default: as in training)")}
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parses flags and prints the prompt with its continuation."""
-    parser = Parser("sample", "Continue a text with a trained model.")
-    parser.add_argument("--workdir", required=True, help="run folder of a training")
-    parser.add_argument("--prompt", default="\n", help="the text to continue")
-    parser.add_argument("--max_new_tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 = most likely token")
-    parser.add_argument("--top_k", type=int, default=0, help="0 = all tokens")
-    parser.add_argument("--top_p", type=float, default=1.0, help="1 = all tokens")
-    parser.add_argument("--seed", type=int, default=0)
+    """Parses flags; continues one prompt, those of a file, or what is typed."""
+    parser = Parser("sample", "Continue texts with a trained model. Without a prompt: an "
+                              "interactive one, or what is piped in.")
+    parser.add_argument("--workdir", required=True, help="run folder, or an exported folder")
+    parser.add_argument("--prompt", help="the text to continue")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line, or .jsonl "
+                        "with the field prompt; gives JSON lines")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="of the JSON lines (default: "
+                        "printed)")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out")
+    parser.add_argument("--batch_size", type=int, default=16, help="prompts side by side")
+    for name, (kind, default, meaning) in _SAMPLER.items():
+        parser.add_argument(f"--{name}", type=kind, default=default, help=meaning)
+    parser.add_argument("--stop", action="append", default=[], help="ends a text; repeatable")
+    parser.add_argument("--skip", action="store_true", help="one pass and one step of the flow")
+    parser.add_argument("--log_probabilities", action="store_true", help="of every token, as JSON")
+    parser.add_argument("--stream", action=argparse.BooleanOptionalAction,
+                        help="show text as it comes (default: on a terminal)")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema",
                         help="running average of the parameters, or the parameters")
     parser.add_argument("--step", type=int, help="a saved step (default: the best one)")
     flags = parser.parse_args(arguments)
+    _check(flags)
 
+    from hippocampus.generation import prompts
     from hippocampus.generation.loading import load
 
+    several = prompts.read_prompts(flags.prompts) if flags.prompts else []
     lm = load(flags.workdir, weights=flags.weights, step=flags.step)
-    pieces = lm.generate(
-        flags.prompt, max_new_tokens=flags.max_new_tokens, temperature=flags.temperature,
-        top_k=flags.top_k, top_p=flags.top_p, seed=flags.seed, stream=True)
-    sys.stdout.write(flags.prompt)
-    for piece in pieces:
-        sys.stdout.write(piece)
+    settings = {name: getattr(flags, name) for name in [*_SAMPLER, "stop", "skip"]}
+    in_full = {"log_probabilities": flags.log_probabilities}
+    try:
+        if several:
+            prompts.write_lines(prompts.records(
+                lm, several, flags.batch_size, **settings, **in_full), flags.out)
+        elif flags.prompt is None and sys.stdin.isatty():
+            prompts.converse(lm, **settings)
+        else:
+            prompt = sys.stdin.read() if flags.prompt is None else flags.prompt
+            if flags.log_probabilities:
+                prompts.write_lines(prompts.records(lm, [prompt], 1, **settings, **in_full))
+            elif sys.stdout.isatty() if flags.stream is None else flags.stream:
+                prompts.show(prompt, lm.stream(prompt, **settings))
+            else:
+                prompts.show(prompt, iter([lm.generate(prompt, **settings)]))
         sys.stdout.flush()
-    sys.stdout.write("\n")
+    except BrokenPipeError:  # nobody reads on: whoever did has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _check(flags: argparse.Namespace) -> None:
+    """Flags that do not go together."""
+    problems = (
+        (flags.prompt is not None and flags.prompts, "--prompt and --prompts are both given",
+         "give one of them"),
+        (flags.out and not flags.prompts, "--out is for the prompts of a file", "--prompts=FILE"),
+        (flags.stream and (flags.prompts or flags.log_probabilities),
+         "--stream shows one text", "leave out --prompts and --log_probabilities"),
+        (flags.batch_size < 1, f"--batch_size is {flags.batch_size}", "it must be at least 1"),
+        (flags.out and flags.out.exists() and not flags.overwrite, f"{flags.out} exists already",
+         "--overwrite replaces it"))
+    for wrong, message, hint in problems:
+        if wrong:
+            raise ConfigError(message, hint)
 
 
 if __name__ == "__main__":
