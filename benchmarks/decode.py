@@ -33,10 +33,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hippocampus.config_files import load_config
+from hippocampus.data.corpora import open_corpus
+from hippocampus.data.evaluation_windows import EvaluationWindows
+from hippocampus.data.shards import token_split
 from hippocampus.generation import decode
 from hippocampus.generation.loading import load
 from hippocampus.generation.sampling import SamplerSettings, sample_without_cache
 from hippocampus.models.build_model import build_model, parameter_shapes
+from hippocampus.ops.cross_entropy import token_nll
 
 GREEDY = SamplerSettings(temperature=0.0)
 WHOLE = "cached, R = 1, prompt included"
@@ -80,6 +84,8 @@ def main() -> None:
                      f"{result.floor / result.seconds:9.1%}" if result.n_bytes else "")
             print(f"{result.what:<44} {result.batch:>6} {result.seconds * 1e6:>10.1f} "
                   f"{result.tokens_per_second:>10.0f} {share}", flush=True)
+    if given.workdir and "loss" in given.only:
+        losses(given.workdir)
     if given.json:
         print(json.dumps([vars(result) for result in results]))
     else:
@@ -100,7 +106,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="the median counts")
     parser.add_argument("--only", type=lambda text: text.split(","),
                         default=["model", "full", "contexts", "slots", "peer"],
-                        help="of model, full (the loop without caches), contexts, slots, peer")
+                        help="of model, full (the loop without caches), contexts, slots, peer, "
+                        "loss (of each pass and of the flow's step, with --workdir)")
     parser.add_argument("--slots", type=numbers, default=(64, 1024, 8192, 65536))
     parser.add_argument("--contexts", type=numbers, default=(256, 4096))
     parser.add_argument("--peer", choices=("transformers",), help="also GPT-2 124M there")
@@ -254,6 +261,30 @@ def peer(given: argparse.Namespace) -> Iterator[Result]:
 
         yield Result("transformers GPT-2 124M, static cache", batch,
                      median(run, given.repeats) / given.new)
+
+
+def losses(workdir: str) -> None:
+    """Prints a run's validation loss after each pass, and after one pass and one flow step."""
+    lm = load(workdir)
+    ids = token_split(open_corpus(lm.config.data), lm.tokenizer, "validation").ids
+    windows = EvaluationWindows(ids, lm.config.data.context, 32)
+    head, totals = lm.model.head(lm.params), {}
+
+    @jax.jit
+    def sums(params: Any, batch: Any) -> dict[str, jax.Array]:
+        _, out, _ = lm.model.apply({"params": params}, batch, method="forward")
+        hidden = {f"R = {r + 1}": h for r, h in enumerate(out["segments.hidden"])}
+        if "flow.skip_hidden" in out:
+            hidden["one pass and one flow step"] = out["flow.skip_hidden"]
+        return {name: (token_nll(h, head, batch.targets_BT) * batch.loss_weight_BT).sum()
+                for name, h in hidden.items()}
+
+    for batch in windows:
+        for name, nats in sums(lm.params, batch).items():
+            totals[name] = totals.get(name, 0.0) + float(nats)
+    for name, nats in totals.items():
+        print(f"validation loss, step {lm.step}, {name}: {nats / windows.n_targets:.4f} nats/token",
+              file=sys.stderr)
 
 
 def median(work: Callable[[], None], repeats: int) -> float:
