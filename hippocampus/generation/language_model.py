@@ -81,6 +81,10 @@ class Score:
         return math.exp(self.nats / max(1, self.words))
 
 
+Found = tuple[Array, dict[str, Array]]
+"""Logits (B,T,V), and intermediates by name."""
+
+
 class LanguageModel:
     """Generates, scores, and opens up a trained model."""
 
@@ -208,14 +212,31 @@ class LanguageModel:
         """
         return self._score(text) if isinstance(text, str) else [self._score(t) for t in text]
 
-    def run_with_cache(self, text: str | Array, names: str | Iterable[str] = "*",
-                       ) -> tuple[Array, dict[str, Array]]:
-        """Logits (B,T,V) and the named intermediates; see `hippocampus.models.taps`."""
+    @overload
+    def run_with_cache(self, text: str | Array, names: str | Iterable[str] = ...) -> Found: ...
+    @overload
+    def run_with_cache(self, text: list[str], names: str | Iterable[str] = ...) -> list[Found]: ...
+    def run_with_cache(self, text: str | Array | list[str],
+                       names: str | Iterable[str] = "*") -> Found | list[Found]:
+        """Logits (B,T,V) and the named intermediates; see `hippocampus.models.taps`.
+
+        A list of texts gives a list.
+        """
+        if isinstance(text, list):
+            return [self.run_with_cache(one, names) for one in text]
         return taps.run_with_cache(self.model, self.params, self._tokens(text), names)
 
+    @overload
     def run_with_edits(self, text: str | Array, edits: Mapping[str, taps.EditFunction],
-                       names: str | Iterable[str] = ()) -> tuple[Array, dict[str, Array]]:
+                       names: str | Iterable[str] = ...) -> Found: ...
+    @overload
+    def run_with_edits(self, text: list[str], edits: Mapping[str, taps.EditFunction],
+                       names: str | Iterable[str] = ...) -> list[Found]: ...
+    def run_with_edits(self, text: str | Array | list[str], edits: Mapping[str, taps.EditFunction],
+                       names: str | Iterable[str] = ()) -> Found | list[Found]:
         """The same with some intermediates changed; see `hippocampus.models.taps`."""
+        if isinstance(text, list):
+            return [self.run_with_edits(one, edits, names) for one in text]
         return taps.run_with_edits(self.model, self.params, self._tokens(text), edits, names)
 
     def _encode(self, text: str, name: str, request: Request) -> Int[np.ndarray, " n"]:

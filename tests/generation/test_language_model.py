@@ -315,6 +315,17 @@ def test_intermediates_come_by_name(lm):
     np.testing.assert_allclose(cache["layers.0.mixer.gates"].sum(-1), 1, rtol=1e-5)
 
 
+def test_a_list_of_texts_gives_a_list_of_intermediates(lm):
+    texts, names = [TEXT[:10], TEXT[:7]], "layers.0.mixer.gates"
+    edit = {"layers.0.hopfield.out": jnp.zeros_like}
+    for several, one in (
+            (lm.run_with_cache(texts, names), [lm.run_with_cache(t, names) for t in texts]),
+            (lm.run_with_edits(texts, edit), [lm.run_with_edits(t, edit) for t in texts])):
+        assert [found[0].shape[1] for found in several] == [10, 7]
+        for found, wanted in zip(several, one, strict=True):
+            jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
 def test_an_edit_changes_what_follows_and_none_changes_nothing(lm):
     plain, _ = lm.run_with_cache(TEXT[:10], names="layers.0.residual")
     same, _ = lm.run_with_edits(TEXT[:10], {})
