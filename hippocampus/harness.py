@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,13 +36,16 @@ def main(arguments: Sequence[str]) -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("lm-evaluation-harness is not installed", "pip install '.[eval]'")
 
+    if flags.include_path is not None:  # the libraries read it when they are imported
+        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+
     from lm_eval.utils import make_table
     from rich.console import Console
 
     from hippocampus.evaluation.harness import run_tasks
     from hippocampus.files import check_writable, write_atomically
     from hippocampus.generation.loading import load
-    from hippocampus.runs.run_folder import RunFolder
+    from hippocampus.runs.run_folder import RunFolder, environment
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is as it should be
     lm = load(flags.workdir, weights=flags.weights, step=flags.step)
@@ -49,10 +54,12 @@ def main(arguments: Sequence[str]) -> None:
     tasks = [task for task in flags.tasks.split(",") if task]
     found = run_tasks(lm, tasks, flags.include_path, flags.limit, flags.batch_size)
     record = {"run": str(flags.workdir), "step": lm.step, "weights": flags.weights,
-              "limit": flags.limit, "lm_eval": found.get("lm_eval_version"),
-              "results": found["results"], "n-samples": found.get("n-samples"),
-              "versions": found.get("versions")}
-    path = out / f"harness-{'-'.join(tasks)[:80]}-step{lm.step}.json"
+              "commit": environment()["commit"], "limit": flags.limit,
+              "lm_eval": found.get("lm_eval_version"), "results": found["results"],
+              "n-samples": found.get("n-samples"), "versions": found.get("versions")}
+    name = re.sub(r"[^\w.-]+", "_", "-".join(tasks))[:80]
+    part = f"-limit{flags.limit}" if flags.limit else ""
+    path = out / f"harness-{name}-step{lm.step}-{flags.weights}{part}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(record, indent=2, default=str) + "\n").encode())
     console = Console(highlight=False)

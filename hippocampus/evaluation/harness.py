@@ -5,7 +5,8 @@
     lm_eval.simple_evaluate(model=HarnessLM(hp.load("checkpoints/quickstart")), tasks=["arc_easy"])
 
 A text without anything before it is read behind `<|endoftext|>`, or behind a line end where the
-tokenizer has no such token. Contexts that are too long lose their beginning.
+tokenizer has no such token. Contexts that are too long lose their beginning; with learned
+positions an answer gets at most half of them.
 
 Source: Gao et al. 2024, lm-evaluation-harness (doi:10.5281/zenodo.12608602).
 """
@@ -13,7 +14,6 @@ Source: Gao et al. 2024, lm-evaluation-harness (doi:10.5281/zenodo.12608602).
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,9 +69,17 @@ class HarnessLM(LM):
     def create_from_arg_string(cls, arg_string: str,
                                additional_config: dict | None = None) -> HarnessLM:
         """Opens `path=FOLDER` (and `weights=`, `step=`), for lm_eval's own command line."""
-        given = dict(part.split("=", 1) for part in arg_string.split(",") if part)
+        parts = (part.partition("=") for part in arg_string.split(",") if part)
+        return cls.create_from_arg_obj({name: value for name, _, value in parts},
+                                       additional_config)
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None,
+                            ) -> HarnessLM:
+        """The same of a dict, which is what lm_eval's command line makes of its flags."""
+        given = dict(arg_dict)
         if "path" not in given or set(given) - {"path", "weights", "step"}:
-            raise ConfigError(f"model_args is {arg_string!r}", "path=FOLDER, and if need be "
+            raise ConfigError(f"model_args is {arg_dict!r}", "path=FOLDER, and if need be "
                               "weights=ema|raw and step=N")
         step = int(given["step"]) if "step" in given else None
         wanted = str((additional_config or {}).get("batch_size"))
@@ -111,7 +119,9 @@ class HarnessLM(LM):
         for i, request in enumerate(requests):
             by_settings.setdefault(_settings(request.args[1]), []).append(i)
         found = [""] * len(requests)
-        for (stop, n, temperature, top_k, top_p), group in by_settings.items():
+        for (stop, asked, temperature, top_k, top_p), group in by_settings.items():
+            # Of learned positions the answer gets at most half: the question needs some, too.
+            n = int(min(asked, self.lm.room("") / 2))
             prompts = [self._within(requests[i].args[0], n) for i in group]
             texts = self.lm.generate(prompts, max_new_tokens=n, temperature=temperature,
                                      top_k=top_k, top_p=top_p, stop=stop)
@@ -133,6 +143,11 @@ class HarnessLM(LM):
         before = encode(stripped) if stripped else np.asarray([self._start()])
         ids = encode(stripped + continuation)
         new = ids[len(before):] if stripped else ids
+        if not len(new) and len(ids) and continuation.strip():
+            # It grew together with the context's last token: what became of it is the target, or
+            # it would be certain.
+            before = ids[:-1] if len(ids) > 1 else np.asarray([self._start()])
+            new = ids[-1:]
         ids = np.concatenate([before, new])
         rows = []
         for begin in range(0, len(new), longest):  # more than one only if it is very long
@@ -174,7 +189,11 @@ class HarnessLM(LM):
             return self.lm.tokenizer.decode([self._start()])
         if len(ids) + n <= room:
             return context
-        return self.lm.tokenizer.decode(ids[len(ids) - max(1, int(room) - n):])
+        for kept in range(max(1, int(room) - n), 0, -1):  # half a character may need more ids
+            context = self.lm.tokenizer.decode(ids[len(ids) - kept:])
+            if len(self.lm.tokenizer.encode(context)) + n <= room:
+                break
+        return context
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -225,8 +244,7 @@ def run_tasks(lm: LanguageModel, tasks: Sequence[str], include_path: Path | None
     Args:
       lm: the model.
       tasks: names.
-      include_path: a folder of task files, which are then the only ones known, and nothing is
-        looked for on the network.
+      include_path: a folder of task files, which are then the only ones known.
       limit: only so many questions of each task.
       batch_size: texts side by side.
 
@@ -234,10 +252,8 @@ def run_tasks(lm: LanguageModel, tasks: Sequence[str], include_path: Path | None
       ConfigError: an unknown task.
       DataError: the folder does not exist.
     """
-    if include_path is not None:
-        if not include_path.is_dir():
-            raise DataError(f"there is no folder {include_path}", "it holds the tasks' yaml files")
-        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    if include_path is not None and not include_path.is_dir():
+        raise DataError(f"there is no folder {include_path}", "it holds the tasks' yaml files")
     manager = TaskManager(include_path=str(include_path) if include_path else None,
                           include_defaults=include_path is None)
     known = set(manager.all_tasks)

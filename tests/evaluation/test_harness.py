@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,11 @@ import hippocampus.harness
 from hippocampus.errors import ConfigError, DataError
 from hippocampus.generation.language_model import LanguageModel
 from hippocampus.generation.loading import load
+from hippocampus.training.loop import fit
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra [eval])")
 
+import lm_eval
 from lm_eval.api.instance import Instance
 
 from hippocampus.evaluation.harness import HarnessLM
@@ -125,6 +128,65 @@ def test_generate_until_is_generate_with_the_tasks_settings(lm, harness):
     found = harness.generate_until(requests)
     assert found[0] == plain[:plain.index(stop)] and found[1] == plain
     assert found[2] == lm.generate("the dog", max_new_tokens=6, temperature=0.7, stop="\n\n")
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """Has 24 positions and no more."""
+    return load(fit(tiny_run.config(train__steps=1, model__position="learned", data__context=24,
+                                    model__max_length=24, data__tokenizer="bytes"),
+                    tmp_path_factory.mktemp("learned") / "run"))
+
+
+@pytest.mark.parametrize("prompt", ["the", "the cat sat on the mat and the dog ran", "ü" * 40])
+def test_a_task_may_ask_for_more_than_there_are_positions(learned, prompt):
+    for asked in (7, 8, 24, 256):
+        found, = HarnessLM(learned).generate_until(
+            ask("generate_until", [(prompt, {"until": [], "max_gen_toks": asked})]))
+        assert found
+
+
+@pytest.mark.parametrize(("context", "continuation"), [("the cat", "s"), ("cat", "s")])
+def test_what_grows_together_with_its_context_is_not_certain(context, continuation):
+    words = load(fit(tiny_run.config(train__steps=1, data__tokenizer="words"),
+                     tiny_run.folder() / "words"))
+    whole = words.tokenizer.encode(context + continuation)
+    assert len(whole) == len(words.tokenizer.encode(context))  # the trap is there
+    (log_p, _), nothing = HarnessLM(words).loglikelihood(
+        ask("loglikelihood", [(context, continuation), (context, "")]))
+    before = whole[:-1] if len(whole) > 1 else words.tokenizer.encode("\n")
+    assert log_p == pytest.approx(log_p_by_hand(words, before, whole[-1:])[0], rel=1e-4)
+    assert log_p < -0.1 and nothing == (0.0, True)
+
+
+def test_lm_eval_opens_a_run_by_its_name():
+    kind = lm_eval.api.registry.get_model("hippocampus")
+    extra = {"batch_size": 2, "max_batch_size": None, "device": None}
+    for made in (kind.create_from_arg_string(f"path={tiny_run.trained()},weights=raw", extra),
+                 kind.create_from_arg_obj({"path": str(tiny_run.trained()), "weights": "raw"},
+                                          extra)):
+        assert made.lm.step == load(tiny_run.trained()).step
+    with pytest.raises(ConfigError, match="model_args"):
+        kind.create_from_arg_obj({"pretrained": "x"})
+
+
+def test_the_libraries_are_told_to_stay_off_the_network(tmp_path):
+    code = (f"import hippocampus.harness as h\n"
+            f"try: h.main(['--workdir=none', '--tasks=x', '--include_path={TASKS}'])\n"
+            f"except Exception as error: print(error)\n"
+            f"import huggingface_hub.constants as c, datasets\n"
+            f"print(c.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE)")
+    found = tiny_run.run([sys.executable, "-c", code])
+    assert "no run folder" in found.stdout and found.stdout.endswith("True True\n"), found
+
+
+def test_results_of_other_weights_or_fewer_questions_have_files_of_their_own(tmp_path):
+    for flags in ([], ["--weights=raw"], ["--limit=1"]):
+        hippocampus.harness.main([
+            f"--workdir={tiny_run.trained()}", "--tasks=hippocampus_paragraphs",
+            f"--include_path={TASKS}", f"--out={tmp_path}", *flags])
+    paths = list(tmp_path.glob("harness-*.json"))
+    assert len(paths) == 3 and all("commit" in json.loads(path.read_text()) for path in paths)
 
 
 def test_local_tasks_run_without_a_network(tmp_path, capsys):
