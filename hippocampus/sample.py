@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> None:
         elif flags.prompt is None and sys.stdin.isatty():
             prompts.converse(lm, **settings)
         else:
-            prompt = sys.stdin.read() if flags.prompt is None else flags.prompt
+            prompt = prompts.read_piped() if flags.prompt is None else flags.prompt
             if flags.log_probabilities:
                 prompts.write_lines(prompts.records(lm, [prompt], 1, **settings, **in_full))
             elif sys.stdout.isatty() if flags.stream is None else flags.stream:

@@ -16,6 +16,11 @@ import tiny_run
 import hippocampus.sample
 from hippocampus.errors import ConfigError, DataError
 from hippocampus.generation.loading import load
+from hippocampus.generation.prompts import converse, read_prompts
+from hippocampus.training.loop import fit
+
+SETTINGS = {"max_new_tokens": 4, "temperature": 0.8, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
+            "repetition_penalty": 1.0, "seed": 0, "segments": None, "stop": [], "skip": False}
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +82,44 @@ def test_what_is_piped_in_is_one_prompt(folder, lm, capsys, monkeypatch):
     sample(folder, "--max_new_tokens=5", "--temperature=0")
     wanted = lm.generate("the cat\nsat ", max_new_tokens=5, temperature=0.0)
     assert capsys.readouterr().out == f"the cat\nsat {wanted}\n"
+
+
+def test_what_is_piped_in_must_be_text(folder):
+    done = subprocess.run(
+        [sys.executable, "-m", "hippocampus.sample", f"--workdir={folder}"], input=b"the \xff",
+        capture_output=True, env=tiny_run.environment(), timeout=60)
+    assert done.returncode == 66 and b"piped in is not UTF-8" in done.stderr
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\x85"])
+def test_a_line_of_json_ends_with_a_line_feed_alone(separator, tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"prompt": f"a{separator}b"}, ensure_ascii=False) + "\r\n", "utf-8")
+    assert read_prompts(tmp_path / "a.jsonl") == [f"a{separator}b"]
+    (tmp_path / "a.txt").write_text(f"a{separator}b\n", "utf-8")
+    assert read_prompts(tmp_path / "a.txt") == [f"a{separator}b"]
+
+
+def test_a_line_that_cannot_be_continued_does_not_end_the_conversation(
+        folder, capsys, monkeypatch):
+    lines = iter(["€", "the cat", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    converse(load(folder), **SETTINGS)
+    unknown, shown = capsys.readouterr().out.split("\n", 1)
+    assert "€" in unknown and shown.startswith("the cat")
+
+
+def test_a_prompt_without_room_does_not_end_the_conversation(tmp_path, capsys, monkeypatch):
+    lm = load(fit(tiny_run.config(train__steps=1, model__position="learned", data__context=24,
+                                  model__max_length=24), tmp_path / "run"))
+    lines = iter(["the cat sat on the mat and ran", "the", ""])
+    capsys.readouterr()
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    converse(lm, **SETTINGS)
+    out = capsys.readouterr().out
+    assert "learned positions" in out and out.splitlines()[-1].startswith("the")
+    with pytest.raises(ConfigError, match="temperature is -1"):  # holds for every line
+        converse(lm, **{**SETTINGS, "temperature": -1.0})
 
 
 @pytest.mark.parametrize(("flags", "message"), [

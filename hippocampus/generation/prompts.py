@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hippocampus.errors import DataError
+from hippocampus.errors import DataError, HippocampusError
 from hippocampus.files import write_atomically
-from hippocampus.generation.generate import Continuation
+from hippocampus.generation.generate import Continuation, Request, check_seeds
 from hippocampus.generation.language_model import LanguageModel
 
 
@@ -23,7 +23,7 @@ def read_prompts(path: Path) -> list[str]:
       DataError: missing, not UTF-8, without a prompt, or a line that is no JSON object with one.
     """
     try:
-        lines = path.read_bytes().decode("utf-8").splitlines()
+        lines = path.read_bytes().decode("utf-8").replace("\r\n", "\n").split("\n")
     except FileNotFoundError:
         raise DataError(f"there is no file {path}", "--prompts takes a text file with one prompt "
                         "a line, or a .jsonl") from None
@@ -41,6 +41,21 @@ def read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise DataError(f"{path} has no prompt", "give one a line")
     return prompts
+
+
+def read_piped() -> str:
+    """All of the standard input.
+
+    Raises:
+      DataError: it is not UTF-8.
+    """
+    try:
+        text = sys.stdin.read()
+        text.encode()  # where the locale lets foreign bytes through, they are surrogates now
+    except UnicodeError:
+        raise DataError("what is piped in is not UTF-8 text", "convert it first, for example with "
+                        "iconv -t UTF-8") from None
+    return text
 
 
 def records(lm: LanguageModel, prompts: Sequence[str], batch_size: int, seed: int,
@@ -83,9 +98,14 @@ def converse(lm: LanguageModel, **settings: Any) -> None:
     """Continues what is typed, line by line, until an empty line or the end of the input.
 
     Ctrl-C ends a text that is being written, and nothing else.
+
+    Raises:
+      ConfigError: a setting out of range; of a prompt it is only said.
     """
     import readline  # noqa: F401  (input() edits lines and remembers them by it)
 
+    check_seeds(settings["seed"], 1)
+    Request.check(lm.model, **{name: settings[name] for name in settings if name != "seed"})
     while True:
         try:
             prompt = input("> ")
@@ -101,7 +121,7 @@ def converse(lm: LanguageModel, **settings: Any) -> None:
             show(prompt, lm.stream(prompt, **settings))
         except KeyboardInterrupt:
             sys.stdout.write("\n")
-        except DataError as error:  # a character that the tokenizer does not know
+        except HippocampusError as error:  # an unknown character, or more than there is room for
             sys.stdout.write(f"{error.message}\n")
 
 
