@@ -10,6 +10,7 @@ from hippocampus.models.hybrid_block import HybridBlock, block_specs
 from hippocampus.testing import assert_close
 
 INTERPRET = jax.default_backend() != "gpu"
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 VARIANTS = {
     "all paths": {},
     "groups, scales, half steps": {
