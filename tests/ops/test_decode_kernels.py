@@ -23,8 +23,9 @@ def f32(array):
     return np.asarray(array, np.float32)
 
 
-@pytest.mark.parametrize(("B", "dtype"), [(1, DTYPES[-1]), (4, DTYPES[0]), (16, DTYPES[0]),
-                                          (16, DTYPES[-1])])
+@pytest.mark.parametrize(("B", "dtype"), [
+    pytest.param(1, DTYPES[-1], marks=pytest.mark.full), (4, DTYPES[0]), (16, DTYPES[0]),
+    pytest.param(16, DTYPES[-1], marks=pytest.mark.full)])
 def test_linear_is_the_product_with_what_stands_in_front_and_behind(B, dtype):
     x, w, scale = draw(2, B, 96, dtype=dtype), draw(2, 64, 96, dtype=dtype), draw(96)
     gates, residual = draw(1, B, 192, dtype=dtype), draw(B, 64, dtype=dtype)
@@ -53,7 +54,8 @@ CASES = {
 
 
 @pytest.mark.parametrize(("name", "dtype"), [
-    *((name, DTYPES[0]) for name in CASES), ("retrieval, three steps", DTYPES[-1])])
+    *((name, DTYPES[0]) for name in CASES),
+    pytest.param("retrieval, three steps", DTYPES[-1], marks=pytest.mark.full)])
 def test_retrieve_is_attention_to_the_ring_and_writes_the_token_into_it(name, dtype):
     B, G, r, n, steps, alpha = CASES[name].values()
     d, C = 16, 48
