@@ -17,6 +17,8 @@ _LONGEST_CHARACTER = 4
 """Bytes of a character in UTF-8, so the most tokens that it can be spread over."""
 _CONTEXT = 4
 """Ids in front of the new ones that are decoded with them, so that spaces between words stay."""
+_MOST_PENDING = 8
+"""Ids without the end of a character among them that are decoded again with every new one."""
 
 
 class TextStream:
@@ -38,8 +40,10 @@ class TextStream:
           stop: strings that end the text, none of them empty.
         """
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._before = [int(index) for index in prompt_ids[-_CONTEXT:]]
-        self._pending: list[int] = []
+        self._before: list[int] = []
+        self._given = 0
+        self._pending = [int(index) for index in prompt_ids[-_CONTEXT - _LONGEST_CHARACTER + 1:]]
+        self._advance(len(self._pending))
         self._held = ""
         self._pieces: list[str] = []
         self.n_tokens, self.stopped = 0, False
@@ -74,7 +78,9 @@ class TextStream:
         """What was held back in case more came."""
         if self.stopped:
             return ""
-        piece = self._release(self._take(len(self._pending)))
+        new = self._new_text()[self._given:]
+        self._advance(len(self._pending))
+        piece = self._release(new)
         if not self.stopped:
             piece += self._keep(self._held)
             self._held = ""
@@ -82,8 +88,9 @@ class TextStream:
 
     def _at_once(self, ids: list[int]) -> str | None:
         """The usual case without looking at every id: whole characters and no stop string."""
-        new = self._decode([*self._pending, *ids])
-        if _UNFINISHED in new or any(stop in self._held + new for stop in self._stop):
+        whole = self._added(self._before, [*self._pending, *ids])
+        new = whole[self._given:]
+        if _UNFINISHED in whole or any(stop in self._held + new for stop in self._stop):
             return None
         self._pending += ids
         self.n_tokens += len(ids)
@@ -91,27 +98,44 @@ class TextStream:
         return self._release(new)
 
     def _certain(self) -> str:
-        """The text of pending ids that no later id can change."""
-        if not self._decode(self._pending).endswith(_UNFINISHED):
-            return self._take(len(self._pending))
-        # An unfinished character can only be in the last three ids.
-        return self._take(max(0, len(self._pending) - _LONGEST_CHARACTER + 1))
-
-    def _take(self, n: int) -> str:
-        new = self._decode(self._pending[:n])
-        self._advance(n)
-        return new
+        """The text of pending ids that no later id can change and that did not come out yet."""
+        new = self._new_text()
+        waiting = _unfinished(new)
+        last = _LONGEST_CHARACTER - 1
+        if waiting and len(self._pending) > last:
+            # An unfinished character can only be in the last three ids.
+            waiting = min(waiting, _unfinished(self._added(
+                [*self._before, *self._pending[:-last]], self._pending[-last:])))
+        certain = new[self._given:len(new) - waiting]
+        self._given += len(certain)
+        if not waiting:
+            self._advance(len(self._pending))
+        elif len(self._pending) > _MOST_PENDING:
+            self._advance(len(self._pending) - last)
+            self._given = max(0, len(self._new_text()) - waiting)
+        return certain
 
     def _advance(self, n: int) -> None:
-        self._before = [*self._before, *self._pending[:n]][-_CONTEXT:]
-        self._pending = self._pending[n:]
+        """Makes the first n pending ids context; nothing of the others has come out then."""
+        passed, self._pending = [*self._before, *self._pending[:n]], self._pending[n:]
+        self._given = 0
+        # It has to begin with a whole character: byte tokens behind a part of one may be no text.
+        for length in range(_CONTEXT, _CONTEXT + _LONGEST_CHARACTER):
+            self._before = passed[-length:]
+            if not self._tokenizer.decode(self._before).startswith(_UNFINISHED):
+                break
 
-    def _decode(self, ids: list[int]) -> str:
-        """What ids add to the text before them."""
+    def _new_text(self) -> str:
+        return self._added(self._before, self._pending)
+
+    def _added(self, before: list[int], ids: list[int]) -> str:
+        """What ids add to the text of those before them."""
         if not ids:
             return ""
-        before = self._tokenizer.decode(self._before)
-        return self._tokenizer.decode([*self._before, *ids])[len(before):]
+        old, whole = self._tokenizer.decode(before), self._tokenizer.decode([*before, *ids])
+        # Some decoders take a run of byte tokens for text only as a whole, so that the first
+        # byte of a character undoes the character before it until the last byte is there.
+        return whole[len(old):] if whole.startswith(old) else self._tokenizer.decode(ids)
 
     def _release(self, new: str) -> str:
         """Certain text, without what could still become a stop string."""
@@ -129,3 +153,8 @@ class TextStream:
         if piece:
             self._pieces.append(piece)
         return piece
+
+
+def _unfinished(text: str) -> int:
+    """Replacement characters at the end."""
+    return len(text) - len(text.rstrip(_UNFINISHED))
