@@ -15,6 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+_EXTREME = 1e15
+"""Temperatures and penalties beyond it, or below its inverse, act as it does: further out, float32
+would overflow, and no token is any more or less likely."""
+
 
 class SamplerSettings(NamedTuple):
     """How a token is drawn; every field is one number, or one for each row.
@@ -94,14 +98,14 @@ def _per_row(settings: SamplerSettings, B: int) -> SamplerSettings:
 
 
 def _penalized(logits_BV: Array, seen_BV: Array, settings: SamplerSettings) -> Array:
-    penalty_B1 = settings.repetition_penalty[:, None]
+    penalty_B1 = jnp.clip(settings.repetition_penalty, 1 / _EXTREME, _EXTREME)[:, None]
     changed_BV = jnp.where(logits_BV < 0, logits_BV * penalty_B1, logits_BV / penalty_B1)
     return jnp.where(seen_BV, changed_BV, logits_BV)
 
 
 def _filtered(logits_BV: Array, settings: SamplerSettings) -> Array:
-    temperature_B1 = settings.temperature[:, None]
-    logits_BV = logits_BV / jnp.where(temperature_B1 > 0, temperature_B1, 1.0)
+    divisor_B = jnp.clip(settings.temperature, 1 / _EXTREME, _EXTREME)
+    logits_BV = logits_BV / jnp.where(settings.temperature > 0, divisor_B, 1.0)[:, None]
     V = logits_BV.shape[1]
     for wanted_B, keep in (
         ((settings.top_k > 0) & (settings.top_k < V), _top_k), (settings.top_p < 1, _top_p),

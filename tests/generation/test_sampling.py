@@ -135,13 +135,21 @@ def test_neutral_settings_give_the_bits_that_came_in():
 
 
 @pytest.mark.parametrize("settings", [
-    {"temperature": 1e-30}, {"temperature": 1e30}, {"top_p": 1e-9}, {"min_p": 1.0},
-    {"repetition_penalty": 1e9}])
+    {"temperature": 1e-38}, {"temperature": 1e-30}, {"temperature": 1e30}, {"temperature": 1e39},
+    {"top_p": 1e-9}, {"min_p": 1.0}, {"repetition_penalty": 1e9}, {"repetition_penalty": 1e39},
+    {"repetition_penalty": 1e-39, "temperature": 1e-30}])
 def test_extreme_settings_still_draw_a_token_that_can_be_drawn(settings):
-    logits = jnp.asarray([[-3.0, 4.0, 0.5, -jnp.inf]])
-    tokens, log_p = choose_tokens(logits, jnp.ones((1, 4), bool), jax.random.split(
-        jax.random.key(0), 1), SamplerSettings(**settings))
-    assert int(tokens[0]) < 3 and np.isfinite(log_p).all()
+    logits = jnp.asarray([[-300.0, 50.0, 400.0, 0.0, -jnp.inf]])
+    seen, keys = jnp.ones((1, 5), bool), jax.random.split(jax.random.key(0), 1)
+    # As 32-bit numbers, in which 1e39 is infinite and 1e-39 may be 0.
+    with np.errstate(over="ignore"):
+        sampler = SamplerSettings(**{name: np.float32(x) for name, x in settings.items()})
+    found = process_logits(logits, seen, sampler)
+    assert not jnp.isnan(found).any() and not jnp.isposinf(found).any() and found[0, 4] == -jnp.inf
+    tokens, log_p = choose_tokens(logits, seen, keys, sampler)
+    assert int(tokens[0]) < 4 and np.isfinite(log_p).all()
+    if settings.get("temperature", 1) < 1 and len(settings) == 1:
+        assert int(tokens[0]) == 2
 
 
 def test_the_penalty_falls_on_seen_tokens_towards_less_likely():
