@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hippocampus.errors import ConfigError
+from hippocampus.files import check_writable
 from hippocampus.verbs import Parser, run_verb
 
 _SAMPLER: dict[str, tuple[type, Any, str]] = {
@@ -82,12 +83,19 @@ def _check(flags: argparse.Namespace) -> None:
         (flags.out and not flags.prompts, "--out is for the prompts of a file", "--prompts=FILE"),
         (flags.stream and (flags.prompts or flags.log_probabilities),
          "--stream shows one text", "leave out --prompts and --log_probabilities"),
+        (flags.overwrite and not flags.out, "--overwrite is for --out", "--out=FILE"),
+        (flags.prompt is None and not flags.prompts and sys.stdin.isatty()
+         and (flags.log_probabilities or flags.stream is False), "the interactive prompt shows "
+         "text as it comes", "give --prompt or --prompts"),
+        (flags.out and flags.out.is_dir(), f"{flags.out} is a folder", "--out takes a file"),
         (flags.batch_size < 1, f"--batch_size is {flags.batch_size}", "it must be at least 1"),
         (flags.out and flags.out.exists() and not flags.overwrite, f"{flags.out} exists already",
          "--overwrite replaces it"))
     for wrong, message, hint in problems:
         if wrong:
             raise ConfigError(message, hint)
+    if flags.out:
+        check_writable(flags.out.absolute().parent)
 
 
 if __name__ == "__main__":

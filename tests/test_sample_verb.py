@@ -14,9 +14,11 @@ import pytest
 import tiny_run
 
 import hippocampus.sample
+from hippocampus.data.tokenizers import character_tokenizer
 from hippocampus.errors import ConfigError, DataError
+from hippocampus.generation.language_model import LanguageModel
 from hippocampus.generation.loading import load
-from hippocampus.generation.prompts import converse, read_prompts
+from hippocampus.generation.prompts import converse, read_prompts, records
 from hippocampus.training.loop import fit
 
 SETTINGS = {"max_new_tokens": 4, "temperature": 0.8, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
@@ -38,10 +40,12 @@ def sample(folder, *flags):
 
 
 def test_one_prompt_is_printed_with_its_continuation_however_it_is_shown(folder, lm, capsys):
-    wanted = "the " + lm.generate("the ", max_new_tokens=12, temperature=0.5, top_k=9, min_p=0.01,
-                                  repetition_penalty=1.1, seed=4, stop=["zz"]) + "\n"
+    settings = {"max_new_tokens": 12, "temperature": 0.5, "top_k": 9, "min_p": 0.01,
+                "repetition_penalty": 1.1, "seed": 4}
+    stop = lm.generate("the ", **settings)[6:8]
+    wanted = "the " + lm.generate("the ", **settings, stop=stop) + "\n"
     flags = ["--prompt=the ", "--max_new_tokens=12", "--temperature=0.5", "--top_k=9",
-             "--min_p=0.01", "--repetition_penalty=1.1", "--seed=4", "--stop=zz"]
+             "--min_p=0.01", "--repetition_penalty=1.1", "--seed=4", f"--stop={stop}"]
     for shown in ([], ["--stream"], ["--no-stream"]):
         sample(folder, *flags, *shown)
         assert capsys.readouterr().out == wanted
@@ -100,15 +104,30 @@ def test_a_line_of_json_ends_with_a_line_feed_alone(separator, tmp_path):
     assert read_prompts(tmp_path / "a.txt") == [f"a{separator}b"]
 
 
+@pytest.fixture(scope="module")
+def narrow(lm):
+    """The same model, whose tokenizer refuses most characters."""
+    return LanguageModel(lm.model, lm.params, character_tokenizer("thecasdongr "), lm.config)
+
+
 def test_a_line_that_cannot_be_continued_does_not_end_the_conversation(
-        folder, capsys, monkeypatch):
+        narrow, capsys, monkeypatch):
     lines = iter(["€", "the cat", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
-    converse(load(folder), **SETTINGS)
-    unknown, shown = capsys.readouterr().out.split("\n", 1)
-    assert "€" in unknown and shown.startswith("the cat")
+    monkeypatch.setattr(narrow.tokenizer, "decode", lambda ids: "." * len(ids))
+    converse(narrow, **SETTINGS)
+    said, shown = capsys.readouterr().out.split("\n", 1)
+    assert "'€'" in said and "not in the vocabulary" in said and shown.startswith("the cat")
 
 
+def test_a_character_that_no_tokenizer_knows_is_found_before_anything_is_written(narrow):
+    made = records(narrow, ["the cat", "a", "b€"], 2, 0, **{
+        name: value for name, value in SETTINGS.items() if name != "seed"})
+    with pytest.raises(DataError, match=r"^prompt 3: the character"):
+        next(made)
+
+
+@pytest.mark.full
 def test_a_prompt_without_room_does_not_end_the_conversation(tmp_path, capsys, monkeypatch):
     lm = load(fit(tiny_run.config(train__steps=1, model__position="learned", data__context=24,
                                   model__max_length=24), tmp_path / "run"))
@@ -129,6 +148,9 @@ def test_a_prompt_without_room_does_not_end_the_conversation(tmp_path, capsys, m
     (["--prompts=a", "--batch_size=0"], "--batch_size is 0"),
     (["--prompt=", "--no-stream"], "the prompt is empty"),
     (["--prompt=a", "--temperature=-1"], "temperature is -1"),
+    (["--prompts=a", "--out=/dev/null/x"], "cannot write to"),
+    (["--prompts=a", "--out=/tmp", "--overwrite"], "is a folder"),
+    (["--prompt=a", "--overwrite"], "--overwrite is for --out"),
     (["--prompt=a", "--top_k=x"], "invalid int value"), (["--prompt=a", "--skip"], "segment flow")])
 def test_flags_that_make_no_sense_are_refused(flags, message, folder):
     with pytest.raises(ConfigError, match=message):

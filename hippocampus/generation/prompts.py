@@ -23,7 +23,7 @@ def read_prompts(path: Path) -> list[str]:
       DataError: missing, not UTF-8, without a prompt, or a line that is no JSON object with one.
     """
     try:
-        lines = path.read_bytes().decode("utf-8").replace("\r\n", "\n").split("\n")
+        lines = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except FileNotFoundError:
         raise DataError(f"there is no file {path}", "--prompts takes a text file with one prompt "
                         "a line, or a .jsonl") from None
@@ -69,6 +69,12 @@ def records(lm: LanguageModel, prompts: Sequence[str], batch_size: int, seed: in
       seed: of every prompt's draws.
       settings: as for `LanguageModel.generate`.
     """
+    for n, prompt in enumerate(prompts, 1):  # before the first is continued
+        try:
+            lm.tokenizer.encode(prompt)
+        except DataError as error:
+            where = f"prompt {n}: " if len(prompts) > 1 else ""
+            raise DataError(f"{where}{error.message}", error.hint) from None
     in_full = settings.pop("log_probabilities", False)
     for few in _batched(prompts, batch_size):
         found = lm.generate(list(few), seed=seed, log_probabilities=True, **settings)
@@ -92,6 +98,7 @@ def write_lines(lines: Iterator[dict[str, Any]], out: Path | None = None) -> Non
         return
     for text in texts:
         sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def converse(lm: LanguageModel, **settings: Any) -> None:

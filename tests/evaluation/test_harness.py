@@ -138,6 +138,7 @@ def learned(tmp_path_factory):
                     tmp_path_factory.mktemp("learned") / "run"))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("prompt", ["the", "the cat sat on the mat and the dog ran", "ü" * 40])
 def test_a_task_may_ask_for_more_than_there_are_positions(learned, prompt):
     for asked in (7, 8, 24, 256):
@@ -146,6 +147,7 @@ def test_a_task_may_ask_for_more_than_there_are_positions(learned, prompt):
         assert found
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("context", "continuation"), [("the cat", "s"), ("cat", "s")])
 def test_what_grows_together_with_its_context_is_not_certain(context, continuation):
     words = load(fit(tiny_run.config(train__steps=1, data__tokenizer="words"),

@@ -200,7 +200,7 @@ def test_a_row_begun_anew_is_as_a_fresh_one_and_the_others_keep_every_bit(built,
 
 # ---------------------------------------------------------------- parameters of a decoder
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_parameters_cast_once_give_the_same_bits(built, tied):
     model, params = built(FLOW | {
         "model.compute_dtype": "bfloat16", "model.tie_embeddings": tied,
