@@ -314,8 +314,8 @@ class HybridLM(nn.Module):
     def _has_kernels(self, x_BnD: Array) -> bool:
         """Whether one token per row is read, by the kernels for it."""
         B, n = x_BnD.shape[:2]
-        few = B < decode_kernels.ROWS or B & (B - 1) == 0
-        return n == 1 and few and "fused" in self.variables
+        fits = B < decode_kernels.ROWS or (B <= decode_kernels.MOST_ROWS and B & (B - 1) == 0)
+        return n == 1 and fits and "fused" in self.variables
 
     def _extend_layer(self, i: int, x_BnD: Array, positions_Bn: Array, caches: dict[str, Any],
                       valid_Bn: Array, control_BnP: Array | None) -> tuple[Array, dict[str, Any]]:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hippocampus.config import PATHS, HybridConfig
+from hippocampus.layers.mlp import mlp_width
 from hippocampus.layers.modern_ssm import SSMCache, decay_and_input
 from hippocampus.layers.mor_hopfield import HopfieldCache
 from hippocampus.layers.norms import rms_normalize, unit_normalize
@@ -35,7 +36,8 @@ def supports(config: HybridConfig, capacity: int) -> bool:
     window = config.attention.window
     return (config.ssm.kind == "gated" and config.hopfield.patterns == "context"
             and config.mlp.kind == "swiglu" and head in (16, 32, 64, 128)
-            and D % 16 == 0 and inner % (16 * H) == 0 and capacity % 16 == 0
+            and D % 16 == 0 and inner % (16 * H) == 0 and mlp_width(config.mlp, D) % 16 == 0
+            and capacity % 16 == 0
             and min(window or capacity, capacity) % 16 == 0)
 
 

@@ -24,6 +24,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 ROWS = 16
 """Rows of the smallest product of a tensor core."""
+MOST_ROWS = 64
+"""More fill the device without these kernels, and were not tried."""
 _FEW, _MANY = 8, 32
 """Outputs of one program of `linear`, below `ROWS` rows and from there on."""
 _SLOTS = 64
@@ -42,7 +44,8 @@ def linear(
     """P independent products x W^T of few rows, with float32 sums.
 
     Args:
-      x_PBK: rows, a power of two. With `gated`, K counts twice: gates, values.
+      x_PBK: rows, at most `MOST_ROWS`; a power of two from `ROWS` on. With `gated`, K counts twice:
+        gates, values.
       w_PNK: weights, an output's in a row; N and K divide by 16.
       norm_scale_K: use scale * x / rms(x) instead of x.
       epsilon: of that norm.
