@@ -43,27 +43,32 @@ def main(arguments: Sequence[str]) -> None:
     from rich.console import Console
 
     from hippocampus.evaluation.harness import run_tasks
+    from hippocampus.exports.folder import is_export, open_export
     from hippocampus.files import check_writable, write_atomically
     from hippocampus.generation.loading import load
     from hippocampus.runs.run_folder import RunFolder, environment
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is as it should be
     lm = load(flags.workdir, weights=flags.weights, step=flags.step)
-    out = flags.out or RunFolder.at(flags.workdir).evaluations
+    folder = RunFolder.at(flags.workdir)
+    weights = flags.weights if lm.config.ema.decay else "raw"  # what a run without average has
+    if is_export(folder.path):
+        weights = open_export(folder.path)[2].weights
+    out = flags.out or folder.evaluations
     check_writable(out)
     tasks = [task for task in flags.tasks.split(",") if task]
     found = run_tasks(lm, tasks, flags.include_path, flags.limit, flags.batch_size)
-    record = {"run": str(flags.workdir), "step": lm.step, "weights": flags.weights,
+    record = {"run": str(flags.workdir), "step": lm.step, "weights": weights,
               "commit": environment()["commit"], "limit": flags.limit,
               "lm_eval": found.get("lm_eval_version"), "results": found["results"],
               "n-samples": found.get("n-samples"), "versions": found.get("versions")}
     name = re.sub(r"[^\w.-]+", "_", "-".join(tasks))[:80]
     part = f"-limit{flags.limit}" if flags.limit else ""
-    path = out / f"harness-{name}-step{lm.step}-{flags.weights}{part}.json"
+    path = out / f"harness-{name}-step{lm.step}-{weights}{part}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(record, indent=2, default=str) + "\n").encode())
     console = Console(highlight=False)
-    console.print(f"{flags.workdir}, step {lm.step}, {flags.weights} weights", soft_wrap=True)
+    console.print(f"{flags.workdir}, step {lm.step}, {weights} weights", soft_wrap=True)
     console.print(make_table(found), markup=False, soft_wrap=True)
     console.print(str(path), soft_wrap=True)
 

@@ -11,6 +11,7 @@ import pytest
 import tiny_run
 
 import hippocampus.evaluate
+import hippocampus.export
 import hippocampus.harness
 from hippocampus.errors import ConfigError, DataError
 from hippocampus.generation.language_model import LanguageModel
@@ -70,6 +71,17 @@ def test_log_probabilities_are_those_of_the_public_logits(lm, harness):
         target = whole[len(before):] if context else whole
         wanted = log_p_by_hand(lm, before, target)
         assert log_p == pytest.approx(wanted[0], rel=1e-4) and greedy == wanted[1]
+
+
+def test_a_context_that_is_too_long_loses_its_beginning(lm, harness):
+    encode, new = lm.tokenizer.encode, " too"
+    context = "the dog ran to a big house and the cat sat on the mat"
+    before, target = encode(context), encode(context + new)[len(encode(context)):]
+    assert len(before) > lm.context
+    kept = before[len(before) + len(target) - 1 - lm.context:]
+    (log_p, greedy), = harness.loglikelihood(ask("loglikelihood", [(context, new)]))
+    wanted = log_p_by_hand(lm, kept, target)
+    assert log_p == pytest.approx(wanted[0], rel=1e-4) and greedy == wanted[1]
 
 
 def test_what_greedy_decoding_writes_is_greedy_and_else_it_is_not(lm, harness):
@@ -189,6 +201,33 @@ def test_results_of_other_weights_or_fewer_questions_have_files_of_their_own(tmp
             f"--include_path={TASKS}", f"--out={tmp_path}", *flags])
     paths = list(tmp_path.glob("harness-*.json"))
     assert len(paths) == 3 and all("commit" in json.loads(path.read_text()) for path in paths)
+
+
+def test_results_name_the_weights_that_were_asked(tmp_path, capsys):
+    hippocampus.export.main([f"--workdir={tiny_run.trained()}", f"--out={tmp_path / 'raw'}",
+                             "--weights=raw"])
+    plain = fit(tiny_run.config(train__steps=1, ema__decay=0.0), tmp_path / "plain")
+    for folder in (tmp_path / "raw", plain):
+        out = tmp_path / f"of_{folder.name}"
+        hippocampus.harness.main([f"--workdir={folder}", "--tasks=hippocampus_paragraphs",
+                                  f"--include_path={TASKS}", f"--out={out}", "--limit=1"])
+        (path,) = out.glob("harness-*-raw-limit1.json")
+        assert json.loads(path.read_text())["weights"] == "raw"
+        assert "raw weights" in capsys.readouterr().out
+
+
+def test_one_space_stands_between_a_question_and_its_answers(lm):
+    asked = []
+
+    class Listening(HarnessLM):
+        def loglikelihood(self, requests):
+            asked.extend(request.args for request in requests)
+            return super().loglikelihood(requests)
+
+    lm_eval.simple_evaluate(
+        model=Listening(lm), tasks=["hippocampus_questions"], limit=1, bootstrap_iters=0,
+        task_manager=lm_eval.tasks.TaskManager(include_path=str(TASKS), include_defaults=False))
+    assert asked[0] == ("The opposite of hot is", " cold")
 
 
 def test_local_tasks_run_without_a_network(tmp_path, capsys):
