@@ -5,8 +5,8 @@
     lm_eval.simple_evaluate(model=HarnessLM(hp.load("checkpoints/quickstart")), tasks=["arc_easy"])
 
 A text without anything before it is read behind `<|endoftext|>`, or behind a line end where the
-tokenizer has no such token. Contexts that are too long lose their beginning; with learned
-positions an answer gets at most half of them.
+tokenizer has no such token (its first id, where it has no line end either). Contexts that are too
+long lose their beginning; with learned positions an answer gets at most half of them.
 
 Source: Gao et al. 2024, lm-evaluation-harness (doi:10.5281/zenodo.12608602).
 """
@@ -133,7 +133,10 @@ class HarnessLM(LM):
         """The id that stands for nothing before a text."""
         if self.lm.tokenizer.end_id is not None:
             return self.lm.tokenizer.end_id
-        return int(self.lm.tokenizer.encode("\n")[-1])
+        try:
+            return int(self.lm.tokenizer.encode("\n")[-1])
+        except DataError:  # a vocabulary of characters that has no line end
+            return 0
 
     def _pair(self, context: str, continuation: str, request: int) -> list[_Row]:
         """Ids of both; a space between them belongs to the continuation, as in lm_eval."""
