@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hippocampus.config import SSMConfig
 from hippocampus.layers.edits import Edit, no_edit
+from hippocampus.layers.temporal_layer import TemporalLayer
 from hippocampus.ops.causal_conv import causal_conv
 from hippocampus.ops.linear_scan import linear_scan
 
@@ -45,7 +46,7 @@ class SSMCache:
     """The recurrence's state (float32; B,E N for the diagonal kind)."""
 
 
-class ModernSSM(nn.Module):
+class ModernSSM(TemporalLayer):
     """The state-space path; see the module's docstring for the maths."""
 
     config: SSMConfig
@@ -84,21 +85,6 @@ class ModernSSM(nn.Module):
         n_states = E * (1 if cfg.kind == "gated" else cfg.d_state)
         return SSMCache(jnp.zeros((batch, cfg.d_conv - 1, E), self.dtype),
                         jnp.zeros((batch, n_states), jnp.float32))
-
-    def extend(
-        self, u_BnD: Float[Array, "B n D"], positions_Bn: Int[Array, "B n"], cache: SSMCache,
-        valid_Bn: Bool[Array, "B n"],
-    ) -> tuple[Float[Array, "B n D"], SSMCache]:
-        """Reads further tokens of every row; the law: in any chunks, what `__call__` gives at once.
-
-        Args:
-          u_BnD: normalised inputs of any number of tokens.
-          positions_Bn: of each token; a row's valid ones follow on what the cache has read.
-          cache: from `init_cache` or the last call.
-          valid_Bn: a row's valid tokens come first; the others leave the cache as it is.
-        """
-        y_BnD, _, cache = self._run(u_BnD, positions_Bn, cache=cache, valid_BT=valid_Bn)
-        return y_BnD, cache
 
     @nn.compact
     def _run(self, u_BTD: Array, positions_BT: Array, *, document_ids_BT: Array | None = None,

@@ -22,11 +22,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from hippocampus.config import HopfieldConfig
 from hippocampus.layers.edits import Edit, no_edit
 from hippocampus.layers.norms import rms_normalize, unit_normalize
+from hippocampus.layers.temporal_layer import TemporalLayer
 from hippocampus.ops import hopfield, key_cache
 from hippocampus.ops.rotary import rotate
 
@@ -38,7 +39,7 @@ class HopfieldCache:
     key_BHCd: Float[Array, "B H C d"] | None
 
 
-class MoRHopfield(nn.Module):
+class MoRHopfield(TemporalLayer):
     """The associative-memory path; see the module's docstring for the maths."""
 
     config: HopfieldConfig
@@ -82,21 +83,6 @@ class MoRHopfield(nn.Module):
             return HopfieldCache(None)
         shape = (batch, self.n_heads, max_length, d_model // self.n_heads)
         return HopfieldCache(jnp.zeros(shape, self.dtype))
-
-    def extend(
-        self, u_BnD: Float[Array, "B n D"], positions_Bn: Int[Array, "B n"], cache: HopfieldCache,
-        valid_Bn: Bool[Array, "B n"],
-    ) -> tuple[Float[Array, "B n D"], HopfieldCache]:
-        """Reads further tokens of every row; the law: in any chunks, what `__call__` gives at once.
-
-        Args:
-          u_BnD: normalised inputs of any number of tokens.
-          positions_Bn: of each token; a row's valid ones follow on what the cache has read.
-          cache: from `init_cache` or the last call.
-          valid_Bn: a row's valid tokens come first; the others leave the cache as it is.
-        """
-        y_BnD, _, cache = self._run(u_BnD, positions_Bn, cache=cache, valid_BT=valid_Bn)
-        return y_BnD, cache
 
     @nn.compact
     def _run(self, u_BTD: Array, positions_BT: Array, *, document_ids_BT: Array | None = None,

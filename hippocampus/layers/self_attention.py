@@ -15,11 +15,12 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from hippocampus.config import AttentionConfig
 from hippocampus.layers.edits import Edit, no_edit
 from hippocampus.layers.norms import RMSNorm
+from hippocampus.layers.temporal_layer import TemporalLayer
 from hippocampus.ops import key_cache
 from hippocampus.ops.attention import attention
 from hippocampus.ops.rotary import rotate
@@ -33,7 +34,7 @@ class AttentionCache:
     value_BGCd: Float[Array, "B G C d"]
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(TemporalLayer):
     """The attention path; see the module's docstring for the maths."""
 
     config: AttentionConfig
@@ -73,21 +74,6 @@ class SelfAttention(nn.Module):
         capacity = min(window, max_length) if window else max_length
         empty = jnp.zeros((batch, G, capacity, d_model // self.n_heads), self.dtype)
         return AttentionCache(empty, empty)
-
-    def extend(
-        self, u_BnD: Float[Array, "B n D"], positions_Bn: Int[Array, "B n"], cache: AttentionCache,
-        valid_Bn: Bool[Array, "B n"],
-    ) -> tuple[Float[Array, "B n D"], AttentionCache]:
-        """Reads further tokens of every row; the law: in any chunks, what `__call__` gives at once.
-
-        Args:
-          u_BnD: normalised inputs of any number of tokens.
-          positions_Bn: of each token; a row's valid ones follow on what the cache has read.
-          cache: from `init_cache` or the last call.
-          valid_Bn: a row's valid tokens come first; the others leave the cache as it is.
-        """
-        y_BnD, _, cache = self._run(u_BnD, positions_Bn, cache=cache, valid_BT=valid_Bn)
-        return y_BnD, cache
 
     @nn.compact
     def _run(self, u_BTD: Array, positions_BT: Array, *, document_ids_BT: Array | None = None,
