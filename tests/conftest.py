@@ -1,5 +1,6 @@
 """What several test folders share: the `--full` lane and the data that may be absent."""
 
+import functools
 import os
 import signal
 from collections.abc import Callable, Mapping
@@ -93,6 +94,19 @@ def random_parameters() -> Callable[..., Any]:
             lambda path, leaf: jax.numpy.asarray(draw(path, leaf, rng)), parameter_shapes(model))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def built(tiny_config, random_parameters):
+    """overrides -> (model, random parameters); the same overrides give the same objects."""
+    from hippocampus.models.build_model import build_model
+
+    @functools.cache
+    def make(items):
+        model = build_model(tiny_config(dict(items)))
+        return model, random_parameters(model)
+
+    return lambda overrides=None: make(tuple((overrides or {}).items()))
 
 
 @pytest.fixture(scope="module")

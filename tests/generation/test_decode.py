@@ -1,6 +1,5 @@
 """The decode loop: it draws what a full forward pass for every token would, row by row."""
 
-import functools
 import math
 
 import jax
@@ -10,7 +9,6 @@ import pytest
 
 from hippocampus.generation import decode
 from hippocampus.generation.sampling import SamplerSettings, sample_without_cache
-from hippocampus.models.build_model import build_model
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -23,16 +21,6 @@ DRAWN = SamplerSettings(temperature=0.9, top_k=20, top_p=0.9, min_p=0.01, repeti
 ALL = {"model.n_layers": 1, "data.context": CONTEXT}
 WINDOW = {"model.n_layers": 1, "model.paths": ("attention",), "data.context": 16,
           "model.segments.train": 1}
-
-
-@pytest.fixture(scope="module")
-def built(tiny_config, random_parameters):
-    @functools.cache
-    def make(items):
-        model = build_model(tiny_config(dict(items)))
-        return model, random_parameters(model)
-
-    return lambda overrides: make(tuple(overrides.items()))
 
 
 def draw(built, prompts=PROMPTS, seeds=SEEDS, settings=DRAWN, n=N, *, kind=ALL, end_id=None,
