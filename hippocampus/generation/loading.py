@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import warnings
 from pathlib import Path
 
 import jax
@@ -14,6 +14,7 @@ from hippocampus.devices import resolve
 from hippocampus.errors import CheckpointError, ConfigError, DataError
 from hippocampus.exports.folder import CONFIG, TOKENIZER, WEIGHTS, is_export, open_export
 from hippocampus.exports.parameters import read_parameters
+from hippocampus.files import read_object
 from hippocampus.generation.language_model import LanguageModel
 from hippocampus.models.build_model import build_model, parameter_shapes
 from hippocampus.runs.checkpoints import Checkpoints
@@ -27,7 +28,7 @@ def load(path: str | Path, *, weights: str = "ema", step: int | None = None,
     Args:
       path: the folder.
       weights: "ema" (the running average; raw where there is none) or "raw".
-      step: a saved step; default: the best one, or the one that was exported.
+      step: a saved step; default: the best one that is not damaged, or the one that was exported.
       sharding: where every parameter goes; default: whole, to this process's first device.
 
     Raises:
@@ -53,17 +54,20 @@ def _load_run(folder: RunFolder, weights: str, step: int | None,
     config, automatic = read_json(folder.config)
     config, _ = resolve(config, automatic=automatic)
     tokenizer = Tokenizer.load(folder.tokenizer)
-    saved = json.loads(folder.data.read_text("utf-8")) if folder.data.exists() else {}
+    saved = (read_object(folder.data, "restore it from a copy") if folder.data.exists() else {})
     _check_tokenizer(folder.tokenizer, tokenizer, str(saved.get("tokenizer", tokenizer.digest)),
                      config)
     model = build_model(config)
     if not folder.steps.is_dir():
         raise CheckpointError(f"{folder.path} has no checkpoint yet", "let it train a little")
-    with Checkpoints(folder.steps) as checkpoints:
-        chosen = checkpoints.best if step is None else step
-        if chosen is None or chosen not in checkpoints.steps:
-            raise CheckpointError(f"{folder.path} has no step {chosen}",
-                                  f"saved: {', '.join(map(str, checkpoints.steps)) or 'none'}")
+    def warn(line: str) -> None:
+        warnings.warn(line, stacklevel=4)
+
+    with Checkpoints(folder.steps, say=warn) as checkpoints:
+        # Both kinds of weights are checked, so that a caller of both gets the same step of both.
+        chosen = checkpoints.best_good(step, trees=("params", "ema"))
+        if chosen is None:
+            raise CheckpointError(f"{folder.path} has no checkpoint yet", "let it train a little")
         name = "ema" if weights == "ema" and config.ema.decay else "params"
         like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
                             parameter_shapes(model))

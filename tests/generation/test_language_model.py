@@ -399,8 +399,26 @@ def test_run_without_checkpoints_is_a_checkpoint_error(tmp_path, folder):
     with pytest.raises(CheckpointError, match="has no checkpoint yet"):
         load(run)
     (run / "steps").mkdir()
-    with pytest.raises(CheckpointError, match="has no step None"):
+    with pytest.raises(CheckpointError, match="has no checkpoint yet"):
         load(run)
+
+
+def test_damaged_best_step_is_stepped_over_with_a_line(tmp_path, folder, lm):
+    run = without(folder, tmp_path)
+    best = lm.step - 1  # of two that are as good, the earlier one
+    shutil.copytree(run / "steps" / str(lm.step), run / "steps" / str(best))
+    before = sorted(run.rglob("*"))
+    assert load(run).step == best
+    data = next(iter(sorted((run / "steps" / str(best) / "ema" / "d").iterdir())))
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    for weights in ("ema", "raw"):  # evaluate compares the two of one step
+        with pytest.warns(UserWarning, match=rf"checkpoint {best} is damaged \(ema/d/.*; using"):
+            assert load(run, weights=weights).step == lm.step
+    with pytest.raises(CheckpointError, match=f"checkpoint {best} is damaged"):
+        load(run, step=best)
+    assert sorted(run.rglob("*")) == before
 
 
 def test_run_without_a_tokenizer_is_a_data_error(tmp_path, folder):

@@ -69,6 +69,36 @@ def test_best_step_is_the_first_of_equals_and_the_newest_without_evaluation(tmp_
         assert checkpoints.best == 2
 
 
+def test_a_step_that_is_evaluated_later_can_become_the_best(tmp_path):
+    save_all(tmp_path, KEEP_ALL, LOSSES, SMALL)
+    with Checkpoints(tmp_path, KEEP_ALL) as checkpoints:
+        checkpoints.score(6, 0.5)
+        assert checkpoints.best == 6
+        with pytest.raises(CheckpointError, match="no step 7"):
+            checkpoints.score(7, 0.1)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.losses() == {**LOSSES, 6: 0.5}
+        assert checkpoints.best_good() == 6
+    (tmp_path / "6" / "eval_loss.json").write_text('{"eval/loss": 0.4}')
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.best_good() == 4  # a number that was changed is damage too
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path):
+    save_all(tmp_path, CheckpointConfig(keep_latest=1, keep_best=1),
+             {1: float("nan"), 2: 3.0, 3: float("-inf"), 4: None}, SMALL)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert (checkpoints.best, checkpoints.best_good(), checkpoints.steps) == (2, 2, [2, 4])
+
+
+def test_runs_that_kept_the_loss_in_a_file_of_its_own_are_read(tmp_path):
+    save_all(tmp_path, KEEP_ALL, {1: None, 2: None}, SMALL)
+    (tmp_path / "1" / "metrics").mkdir()
+    (tmp_path / "1" / "metrics" / "metrics").write_text('{"eval/loss": 1.5}')
+    with Checkpoints(tmp_path) as checkpoints:
+        assert (checkpoints.losses(), checkpoints.best) == ({1: 1.5, 2: None}, 1)
+
+
 def test_no_steps_is_no_best_and_no_latest(tmp_path):
     with Checkpoints(tmp_path / "steps", KEEP_ALL) as checkpoints:
         assert (checkpoints.steps, checkpoints.best, checkpoints.latest) == ([], None, None)
