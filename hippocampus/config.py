@@ -54,6 +54,8 @@ class TrainConfig:
     seed: int = _count(0, "seed of the initial parameters, the data order and dropout", low=0)
     batch_size: int = _count(32, "sequences per optimizer step, over all devices")
     grad_accumulation: int = _count(1, "micro-batches that one optimizer step is split into")
+    deterministic: bool = _setting(False, "on a GPU, only operations that give the same bits every "
+                                   "time, which are slower; CPU and TPU always do")
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class OptimizerConfig:
     final_scale: float = _setting(0.1, "last learning rate / peak learning rate", low=0, high=1)
     beta1: float = _setting(0.9, "decay of the first moment", low=0, below=1)
     beta2: float = _setting(0.95, "decay of the second moment", low=0, below=1)
-    epsilon: float = _setting(1e-8, "added to the root of the second moment", above=0, high=1)
+    epsilon: float = _setting(1e-8, "added to the root of the second moment", low=1e-16,
+                              high=1)
     weight_decay: float = _setting(0.1, "decoupled weight decay", low=0, high=100)
     no_decay: tuple[str, ...] = _setting(
         (r"(bias|scale|log_decay|log_beta|skip|input_scale)$",),
@@ -126,7 +129,7 @@ class MixerConfig:
     """The learned gate over the paths (hippocampus.layers.gated_mixer)."""
 
     width: int = _count(32, "hidden width of the gate network")
-    temperature: float = _setting(1.0, "temperature of the gate's softmax", above=0, high=1000)
+    temperature: float = _setting(1.0, "temperature of the gate's softmax", low=1e-3, high=1000)
     path_dropout: float = _setting(0.0, "chance per sequence that training drops one path",
                                    low=0, below=1)
 
@@ -170,7 +173,7 @@ class HybridConfig:
         (), "paths per layer, such as ('attention', 'ssm+attention'); empty = `paths` everywhere")
     position: str = _setting("rope", "position information of the attention path",
                              choices=("rope", "learned", "none"))
-    rope_theta: float = _setting(10_000.0, "base of the rotary frequencies", above=0, high=1e12)
+    rope_theta: float = _setting(10_000.0, "base of the rotary frequencies", low=1, high=1e12)
     max_length: int = _count(0, "rows of the learned position table; 0 = data.context", low=0)
     tie_embeddings: bool = _setting(True, "one table for input and output")
     embedding_width: int = _count(0, "width of the tables, with a projection to and from d_model; "
@@ -183,7 +186,8 @@ class HybridConfig:
                           "products), or full (the whole block)", choices=("none", "dots", "full"))
     compute_dtype: str = _setting("auto", "type of matrix products; parameters stay float32",
                                   choices=("auto", "float32", "bfloat16", "float16"))
-    norm_epsilon: float = _setting(1e-6, "added to the mean square in norms", above=0, high=1)
+    norm_epsilon: float = _setting(1e-6, "added to the mean square in norms", low=1e-12,
+                                   high=1)
     ssm: SSMConfig = _group(SSMConfig)
     hopfield: HopfieldConfig = _group(HopfieldConfig)
     attention: AttentionConfig = _group(AttentionConfig)
@@ -285,6 +289,25 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """What a run does about bad steps (hippocampus.training.guard) and slow ones."""
+
+    patience: int = _count(10, "skipped steps in a row that send the run back to an earlier "
+                           "checkpoint")
+    max_rollbacks: int = _count(3, "times that a run goes back before it gives up; 0 = at once",
+                                low=0)
+    spike_sigmas: float = _setting(0.0, "also skip a step whose loss or gradient norm is above the "
+                                   "mean by this many standard deviations of the steps before; "
+                                   "0 = off", low=0, high=1e6)
+    spike_window: int = _count(128, "accepted steps that this mean is over; the rule begins when "
+                               "half of them are there", low=2, high=1_000_000)
+    slow_step_factor: float = _setting(10.0, "report a step that takes this many times the median",
+                                       above=0, high=1e6)
+    slow_step_seconds: float = _setting(10.0, "least seconds before a slow step is reported",
+                                        low=0, high=1e9)
+
+
+@dataclass(frozen=True)
 class LogConfig:
     """What is written while training."""
 
@@ -339,6 +362,7 @@ class Config:
     data: DataConfig = _group(DataConfig)
     eval: EvalConfig = _group(EvalConfig)
     checkpoint: CheckpointConfig = _group(CheckpointConfig)
+    guard: GuardConfig = _group(GuardConfig)
     log: LogConfig = _group(LogConfig)
     sample: SampleConfig = _group(SampleConfig)
     mesh: MeshConfig = _group(MeshConfig)
@@ -361,7 +385,7 @@ def layer_paths(model: HybridConfig) -> tuple[tuple[str, ...], ...]:
     for i in range(model.n_layers):
         wanted = model.layer_paths[i].split("+") if model.layer_paths else model.paths
         if unknown := set(wanted) - set(PATHS):
-            raise ConfigError(f"model.layer_paths[{i}] names {sorted(unknown)[0]!r}",
+            raise ConfigError(f"model.layer_paths[{i}] names {sorted(unknown)[0][:60]!r}",
                               f"allowed: {', '.join(PATHS)}, joined by '+'")
         paths = tuple(p for p in PATHS
                       if p in wanted and not (p == "ssm" and i < model.ssm.first_layer))

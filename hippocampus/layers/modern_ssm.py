@@ -136,8 +136,10 @@ class ModernSSM(TemporalLayer):
         C_EN = self.param("output_kernel", nn.initializers.normal(N**-0.5), (E, N))
         D_E = self.param("skip", nn.initializers.ones, (E,))
         c_BTE = c_BTE.astype(jnp.float32) * scale_E
-        a_EN = jnp.exp(-jnp.exp(log_decay_EN))
-        x_BTEN = jnp.sqrt(1 - a_EN**2) * B_EN * c_BTE[..., None]
+        # Above 5 the decay is 0 in float32; the bound keeps the inner exponential finite.
+        log_a_EN = -jnp.exp(jnp.minimum(log_decay_EN, 5.0))
+        a_EN = jnp.exp(log_a_EN)
+        x_BTEN = _input_size(log_a_EN) * B_EN * c_BTE[..., None]
         a_BTEN = self.edit("decay", jnp.broadcast_to(a_EN.reshape(-1), (B, T, E * N)))
         h = self._scan(a_BTEN, x_BTEN.reshape(B, T, E * N), first_BT, cache, valid_BT)
         h = self.edit("state", h)
@@ -164,9 +166,12 @@ def decay_and_input(
       first: whether a token is its document's first.
     """
     log_a = -_SHARPNESS * jax.nn.softplus(log_decay_E) * g_forget
-    # The bound keeps the root's derivative below 500 where the decay is almost 1.
-    size = jnp.sqrt(jnp.maximum(-jnp.expm1(2 * log_a), 1e-6))
-    return jnp.exp(log_a), jnp.where(first[..., None], 1.0, size)
+    return jnp.exp(log_a), jnp.where(first[..., None], 1.0, _input_size(log_a))
+
+
+def _input_size(log_a: Array) -> Array:
+    """sqrt(1 - a^2); the bound keeps its derivative below 500 where the decay is almost 1."""
+    return jnp.sqrt(jnp.maximum(-jnp.expm1(2 * log_a), 1e-6))
 
 
 class BlockDiagonal(nn.Module):

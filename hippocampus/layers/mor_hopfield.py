@@ -31,6 +31,10 @@ from hippocampus.layers.temporal_layer import TemporalLayer
 from hippocampus.ops import hopfield, key_cache
 from hippocampus.ops.rotary import rotate
 
+_LOG_BETA = 9.0
+"""Largest magnitude of log beta. At e^9 a retrieval has long been a choice of one pattern, at e^-9
+an even mean, and products with a state fit every compute dtype, float16 too."""
+
 
 @struct.dataclass
 class HopfieldCache:
@@ -106,7 +110,7 @@ class MoRHopfield(TemporalLayer):
             slots = normalize(self.param("slots", nn.initializers.normal(1.0), (cfg.n_slots, H, d)))
         first_beta = d**0.5 if unit else d**-0.5
         log_beta_H = self.param("log_beta", nn.initializers.constant(jnp.log(first_beta)), (H,))
-        out["beta"] = beta_H = jnp.exp(log_beta_H)
+        out["beta"] = beta_H = inverse_temperature(log_beta_H)
 
         if cache is None:
             retrieve = functools.partial(
@@ -152,3 +156,8 @@ class MoRHopfield(TemporalLayer):
         return {"energy": jnp.stack([hopfield.energy(xi, *memory) for xi in states]),
                 "effective_patterns": effective, "n_patterns": n_patterns,
                 "regime": hopfield.regime(effective, n_patterns)}
+
+
+def inverse_temperature(log_beta_H: Float[Array, " H"]) -> Float[Array, " H"]:
+    """beta of each head from its parameter; bounded, because 0 and infinity retrieve NaN."""
+    return jnp.exp(jnp.clip(log_beta_H, -_LOG_BETA, _LOG_BETA))

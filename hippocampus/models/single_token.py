@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from hippocampus.config import PATHS, HybridConfig
 from hippocampus.layers.mlp import mlp_width
 from hippocampus.layers.modern_ssm import SSMCache, decay_and_input
-from hippocampus.layers.mor_hopfield import HopfieldCache
+from hippocampus.layers.mor_hopfield import HopfieldCache, inverse_temperature
 from hippocampus.layers.norms import rms_normalize, unit_normalize
 from hippocampus.layers.self_attention import AttentionCache
 from hippocampus.models.hybrid_block import BlockSpec
@@ -152,7 +152,7 @@ class _Reader:
         q, k = jnp.split(qk[:, 0].astype(q_BD.dtype), 2, axis=1)
         assert cache.key_BHCd is not None
         states, (keys,) = self.retrieve(
-            q, (k,), (cache.key_BHCd,), scale_H=jnp.exp(params["log_beta"]),
+            q, (k,), (cache.key_BHCd,), scale_H=inverse_temperature(params["log_beta"]),
             steps=self.spec.depth, alpha=cfg.step_size)
         logits_BK = logits_BK + params["depth_gate"]["bias"].astype(q.dtype)
         gates_BK = jax.nn.softmax(logits_BK.astype(jnp.float32), axis=-1)

@@ -48,7 +48,7 @@ def linear_scan(
         a_BTE = jnp.where(reset_BT[..., None], 0.0, a_BTE)
     if placement.shards(SEQUENCE, x_BTE.shape[1]) > 1:
         if h0_BE is not None:
-            x_BTE = x_BTE.at[:, 0].add(a_BTE[:, 0] * h0_BE)
+            x_BTE = _add_first(x_BTE, a_BTE[:, 0] * h0_BE)
         lies = ("batch", SEQUENCE, "tensor")
         return placement.map_shards(functools.partial(_scan_of_shards, backend),
                                     (a_BTE, x_BTE), (lies, lies), lies)
@@ -59,10 +59,15 @@ def linear_scan(
     return _scan(backend, a_BTE, x_BTE, h0_BE)
 
 
+def _add_first(x: Array, first: Array) -> Array:
+    """Adds to x[:, 0]; `at[].add` would be a scatter."""
+    return jax.lax.dynamic_update_slice_in_dim(x, (x[:, 0] + first)[:, None], 0, axis=1)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(backend: str, a: Array, x: Array, h0: Array) -> Array:
     # The first input absorbs the initial state; every algorithm then starts from zero.
-    return _BACKENDS[backend](a, x.at[:, 0].add(a[:, 0] * h0))
+    return _BACKENDS[backend](a, _add_first(x, a[:, 0] * h0))
 
 
 def _scan_forward(backend: str, a: Array, x: Array, h0: Array) -> tuple[Array, tuple]:

@@ -10,7 +10,8 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from hippocampus.config import Config
+from hippocampus.config import Config, GuardConfig
+from hippocampus.training.guard import Guard, first_guard, zeros_like
 
 
 @struct.dataclass
@@ -18,11 +19,12 @@ class TrainState:
     """Parameters, their average, the optimizer's state, and where the run is.
 
     Attributes:
-      step: optimizer steps done.
+      step: steps done, the skipped ones too; the optimizer has a count of its own updates.
       params: float32 parameter tree.
       ema: the running average, or {} when it is off.
       opt_state: of optax.
       key: the run's random key; a step uses `fold_in(key, step)`.
+      guard: skipped steps, and what they are told by (hippocampus.training.guard).
     """
 
     step: Int[Array, ""]
@@ -30,19 +32,29 @@ class TrainState:
     ema: Any
     opt_state: optax.OptState
     key: Array
+    guard: Guard
 
     def trees(self) -> dict[str, Any]:
         """The state as the named trees of a checkpoint."""
-        trees = {"params": self.params, "optimizer": self.opt_state,
+        trees = {"params": self.params, "optimizer": self.opt_state, "guard": self.guard,
                  "progress": {"step": self.step, "key": self.key}}
         return {**trees, "ema": self.ema} if self.ema else trees
 
     @staticmethod
-    def from_trees(trees: dict[str, Any]) -> TrainState:
-        """What `trees` took apart."""
+    def from_trees(trees: dict[str, Any], like: TrainState | None = None) -> TrainState:
+        """What `trees` took apart.
+
+        Args:
+          trees: of a checkpoint. Without "guard", which runs of older versions lack, it is fresh.
+          like: the state's abstract form, for the shapes and the place of a fresh guard; None:
+            one without the spike rule.
+        """
         progress = trees["progress"]
+        guard = trees.get("guard")
+        if guard is None:
+            guard = zeros_like(like.guard) if like is not None else first_guard(GuardConfig())
         return TrainState(progress["step"], trees["params"], trees.get("ema", {}),
-                          trees["optimizer"], progress["key"])
+                          trees["optimizer"], progress["key"], guard)
 
 
 def init_state(model: Any, optimizer: optax.GradientTransformation, config: Config) -> TrainState:
@@ -52,7 +64,8 @@ def init_state(model: Any, optimizer: optax.GradientTransformation, config: Conf
     params = model.init(key_params, tokens)["params"]
     # A copy: the step donates its buffers, and no buffer may be donated twice.
     ema = jax.tree.map(jnp.copy, params) if config.ema.decay else {}
-    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), key_run)
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), key_run,
+                      first_guard(config.guard))
 
 
 def ema_decay(decay: float, step: Int[Array, ""]) -> Float[Array, ""]:

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from hippocampus.config import Config
 from hippocampus.data.batches import Batch
 from hippocampus.training import sharding
+from hippocampus.training.guard import broken_tokens, judge, unless
 from hippocampus.training.losses import training_loss
 from hippocampus.training.optimizer import learning_rate_schedule
 from hippocampus.training.state import TrainState, ema_decay, init_state
@@ -58,20 +59,38 @@ def train_step(model: Any, optimizer: optax.GradientTransformation, config: Conf
         grads, sums = (gradients if k == 1 else accumulate)(state.params, batch, key)
         weight = jnp.maximum(sums.pop("weight"), 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
+        means = {name: total / weight for name, total in sums.items()}
+        loss, norm = means.pop("nll"), optax.tree.norm(grads)
+        broken = (broken_tokens(batch, config.model.vocab_size) > 0) | ~jnp.isfinite(means["total"])
+        skip, guard = judge(state.guard, config.guard, loss, norm, broken)
+        metrics = {"train/loss": loss, "train/grad_norm": norm,
+                   "train/learning_rate": schedule(updates_done(state)),
+                   "train/skipped": guard["skipped"].astype(jnp.float32),
+                   "train/skipped_in_a_row": guard["in_a_row"].astype(jnp.float32)}
+        metrics.update({name if "/" in name else f"train/{name}": value
+                        for name, value in means.items()})
+        params, ema, opt_state = unless(skip, update(state, grads),
+                                        (state.params, state.ema, state.opt_state))
+        return TrainState(state.step + 1, params, ema, opt_state, state.key, guard), metrics
+
+    def update(state: TrainState, grads: Any) -> tuple[Any, Any, optax.OptState]:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = state.ema
+        params, ema = optax.apply_updates(state.params, updates), state.ema
         if config.ema.decay:
             mu = ema_decay(config.ema.decay, state.step)
             ema = jax.tree.map(lambda e, p: mu * e + (1 - mu) * p, ema, params)
-        means = {name: total / weight for name, total in sums.items()}
-        metrics = {"train/loss": means.pop("nll"), "train/grad_norm": optax.tree.norm(grads),
-                   "train/learning_rate": schedule(state.step)}
-        metrics.update({name if "/" in name else f"train/{name}": value
-                        for name, value in means.items()})
-        return TrainState(state.step + 1, params, ema, opt_state, state.key), metrics
+        return params, ema, opt_state
 
     return step
+
+
+def updates_done(state: TrainState) -> Int[Array, ""]:
+    """Updates that the optimizer counted, which skipped steps are not among.
+
+    An optimizer that counts nothing has no schedule; then the step stands for it.
+    """
+    counts = optax.tree.get_all_with_path(state.opt_state, "count")
+    return counts[0][1] if counts else state.step
 
 
 def jit_train_step(step: TrainStep, mesh: Mesh, state_shardings: Any) -> TrainStep:

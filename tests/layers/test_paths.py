@@ -9,7 +9,7 @@ import pytest
 
 from hippocampus.config import AttentionConfig, HopfieldConfig, SSMConfig
 from hippocampus.layers.modern_ssm import DECAY_RANGE, BlockDiagonal, ModernSSM
-from hippocampus.layers.mor_hopfield import MoRHopfield
+from hippocampus.layers.mor_hopfield import MoRHopfield, inverse_temperature
 from hippocampus.layers.self_attention import SelfAttention
 from hippocampus.ops.attention import attention
 from hippocampus.testing import (
@@ -224,6 +224,28 @@ def test_block_diagonal_maps_do_not_mix_their_blocks():
     assert changed.any((0, 1, 2)).tolist() == [False] * 4 + [True] * 4 + [False] * 8
 
 
+@pytest.mark.parametrize("name", [
+    "ssm", "ssm diagonal", "hopfield context, K=2, rms", "hopfield slots", "hopfield both, K=3"])
+def test_values_and_gradients_are_finite_at_the_extremes_of_decay_and_beta(name):
+    layer, params = LAYERS[name], parameters(LAYERS[name])
+    leaf = "log_decay" if "ssm" in name else "log_beta"
+
+    @jax.jit
+    def values_and_gradients(params, u_BTD):
+        def total(params, u_BTD):
+            y_BTD, out = layer.apply({"params": params}, u_BTD, None, POSITIONS[:, :u_BTD.shape[1]])
+            return y_BTD.sum(), (y_BTD, out)
+
+        return jax.value_and_grad(total, (0, 1), has_aux=True)(params, u_BTD)
+
+    for u_BTD in (U, U[:, :1]):
+        for value in (-1e4, -100.0, -20.0, 20.0, 100.0, 1e4):
+            extreme = {**params, leaf: jnp.full_like(params[leaf], value)}
+            found = values_and_gradients(extreme, u_BTD)
+            for path, array in jax.tree.leaves_with_path(found):
+                assert np.isfinite(array).all(), (value, u_BTD.shape, jax.tree_util.keystr(path))
+
+
 # ---------------------------------------------------------------- Hopfield
 
 def test_one_whole_step_over_the_context_is_attention_with_keys_as_values():
@@ -260,6 +282,13 @@ def test_beta_starts_at_the_root_of_the_head_width():
         layer = hopfield(1, normalize=normalize)
         params = first_parameters(layer)
         np.testing.assert_allclose(np.exp(params["log_beta"]), beta, rtol=1e-6)
+
+
+def test_bounds_of_beta_change_nothing_between_them():
+    log_beta = jnp.linspace(-9, 9, 19)
+    np.testing.assert_array_equal(inverse_temperature(log_beta), jnp.exp(log_beta))
+    assert inverse_temperature(jnp.asarray([-50.0, 50.0])).tolist() == [
+        np.exp(np.float32(-9)), np.exp(np.float32(9))]
 
 
 def test_queries_and_keys_have_the_norm_asked_for():

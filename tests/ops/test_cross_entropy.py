@@ -159,11 +159,34 @@ def test_bfloat16_states_give_float32_logits_and_loss():
     assert_close(loss, expected, dtype=jnp.bfloat16)
 
 
-def test_very_large_logits_stay_finite():
-    hidden, weight, bias, targets, token_weight = inputs()
-    loss, _ = cross_entropy(hidden * 1e4, Head(weight, bias, 0.0, V), targets, token_weight,
-                            smoothing=0.1)
-    assert np.isfinite(loss)
+@pytest.mark.parametrize("backend", ["full", "chunked"])
+@pytest.mark.parametrize(("ids", "rows", "length", "softcap"), [
+    (V, ROWS, 3, 0.0), (V, ROWS, 1, 30.0), (1, 1, 3, 0.0), (1, 4, 1, 0.0)])
+def test_loss_and_gradients_are_finite_at_logits_of_ten_thousand(backend, ids, rows, length,
+                                                                softcap):
+    draw = np.random.default_rng(0)
+    hidden, table = (50 * draw.choice([-1.0, 1.0], shape) for shape in ((B, length, 4), (rows, 4)))
+    logits = hidden @ table.T
+    assert abs(logits).max() == 1e4
+    targets = jnp.asarray(logits[..., :ids].argmin(-1))  # the least likely: the largest loss
+
+    @jax.jit
+    def run(hidden, table, weight):
+        def loss(hidden, table, weight):
+            return cross_entropy(hidden, Head(table, None, softcap, ids), targets, weight,
+                                 smoothing=0.1, z_weight=1e-2, backend=backend)
+
+        return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(hidden, table, weight)
+
+    counted, masked = (
+        run(jnp.float32(hidden), jnp.float32(table), jnp.full((B, length), weight))
+        for weight in (1.0, 0.0))
+    for leaf in jax.tree.leaves((counted, masked)):
+        assert np.isfinite(leaf).all()
+    (loss, _), (d_hidden, d_table, _) = masked
+    assert loss == 0 and not d_hidden.any() and not d_table.any()
+    if ids == 1:
+        assert counted[0][1]["nll"] == 0
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones():

@@ -5,6 +5,7 @@ import json
 import math
 import re
 
+import eight_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,6 +96,33 @@ def test_loss_is_the_mean_over_weighted_tokens_only():
     assert_close(step(state, batch)[0].params, step(state, doubled)[0].params, 1e-6)
 
 
+def test_batch_without_a_counted_token_teaches_nothing_and_breaks_nothing():
+    step, state, _ = parts()
+    new, metrics = step(state, a_batch().replace(loss_weight_BT=jnp.zeros((8, 16))))
+    assert metrics["train/loss"] == metrics["train/grad_norm"] == metrics["train/skipped"] == 0
+    assert not jax.tree.reduce(
+        jnp.logical_or, jax.tree.map(jnp.any, new.opt_state[1][0].mu))
+    assert all(jax.tree.leaves(jax.tree.map(lambda a: np.isfinite(a).all(), new.params)))
+
+
+@pytest.mark.usefixtures("quick_compiles")
+@pytest.mark.parametrize(("name", "vocabulary"), [
+    ("everything", 1), pytest.param("packed", 1, marks=pytest.mark.full),
+    pytest.param("everything", 256, marks=pytest.mark.full)])
+def test_one_token_and_one_id_train_without_what_is_not_finite(name, vocabulary):
+    step, state, _ = parts(**{
+        **eight_devices.MODELS[name], "data__context": 1, "model__vocab_size": vocabulary,
+        "train__grad_accumulation": 1, "mesh__sequence": 1})
+    zero = jnp.zeros((8, 1), jnp.int32)
+    for weight in (1.0, 0.0):
+        state, metrics = step(state, Batch(zero, zero, jnp.full((8, 1), weight), document_ids_BT=(
+            zero if name == "packed" else None)))
+        for path, leaf in jax.tree.leaves_with_path((metrics, state.params, state.opt_state)):
+            assert np.isfinite(leaf).all(), path_name(path)
+    assert int(state.guard["skipped"]) == 0
+    assert vocabulary > 1 or metrics["train/loss"] == 0
+
+
 def test_dropout_is_a_function_of_seed_and_step():
     step, state, _ = parts(model__dropout=0.5)
     later = state.replace(step=state.step + 1)
@@ -133,7 +161,7 @@ def test_without_an_average_none_is_kept():
 
 def test_trees_of_a_checkpoint_are_the_whole_state():
     _, state, _ = parts()
-    assert set(state.trees()) == {"params", "ema", "optimizer", "progress"}
+    assert set(state.trees()) == {"params", "ema", "optimizer", "progress", "guard"}
     assert tiny_run.digest(TrainState.from_trees(state.trees())) == tiny_run.digest(state)
 
 
@@ -236,8 +264,10 @@ def test_warm_up_longer_than_the_run_is_cut_off(schedule):
 def test_logged_learning_rate_is_the_one_applied():
     step, state, config = parts()
     schedule = learning_rate_schedule(config.optimizer, config.train.steps)
-    _, metrics = step(state.replace(step=state.step + 5), a_batch())
-    assert float(metrics["train/learning_rate"]) == pytest.approx(float(schedule(5)), rel=1e-6)
+    nonsense = a_batch().replace(loss_weight_BT=jnp.full((8, 16), jnp.nan))
+    for updates, batch in ((0, a_batch()), (1, a_batch()), (2, nonsense), (2, a_batch())):
+        state, metrics = step(state, batch)
+        assert float(metrics["train/learning_rate"]) == pytest.approx(float(schedule(updates)))
 
 
 @pytest.mark.parametrize(("clip", "norm"), [(0.5, 0.5), (0.0, 5.0), (7.0, 5.0)])
