@@ -10,22 +10,24 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import inspect
 import json
 import math
 import re
+import struct
 import traceback
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from hippocampus.config import FAMILIES, Config
-from hippocampus.config_checks import check_together
+from hippocampus.config_checks import check_text, check_together, pattern_error, shown
 from hippocampus.errors import ConfigError, DataError, HippocampusError
 
 FORMAT = 1
@@ -33,6 +35,10 @@ FORMAT = 1
 
 EXPORT = "export"
 """Key of config.json that an exported folder has and a run folder has not."""
+
+
+_kinds: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
+"""Field -> its type, read once: the annotations are text."""
 
 
 def defaults(family: str = "hybrid") -> ConfigDict:
@@ -73,7 +79,7 @@ def load_config(source: str | Path | ConfigDict,
       ConfigError: naming the field, what it may be, and the nearest field's name.
     """
     if isinstance(source, ConfigDict):
-        values, name = source.to_dict(), ""
+        values, name = _plain(source, "the config"), ""
     else:
         values, name = _run_config_file(str(source))
     if name and values.get("name") == Config.name:
@@ -110,7 +116,7 @@ def read_json(path: Path) -> tuple[Config, tuple[str, ...]]:
     """
     try:
         content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read {path}: {error}", "is this a run folder?") from None
     if isinstance(content, dict) and EXPORT in content:
         raise DataError(f"{path.parent} is an exported model, not a run folder",
@@ -125,15 +131,16 @@ def from_json(content: Any, path: Path) -> tuple[Config, tuple[str, ...]]:
       DataError: not of this format.
       ConfigError: a field that this version does not know or allow.
     """
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else None
-        raise DataError(f"{path} has format {found!r}; this version reads {FORMAT}",
+    found = content.get("format") if isinstance(content, dict) else None
+    if not isinstance(content, dict) or type(found) is not int or found != FORMAT:
+        raise DataError(f"{path} has format {shown(found)}; this version reads {FORMAT}",
                         "install the version of hippocampus that wrote it")
     automatic = content.get("automatic", [])
     if not isinstance(automatic, list) or not all(isinstance(name, str) for name in automatic):
         raise DataError(f"{path} is damaged: automatic is not a list of fields",
                         "restore it from a copy")
-    values = {name: value for name, value in content.items() if name != "format"}
+    values = {name: value for name, value in content.items()
+              if name not in ("format", "automatic")}
     return from_dict(values), tuple(automatic)
 
 
@@ -147,16 +154,20 @@ def check_value(field: str, value: Any, kind: Any, limits: Mapping[str, Any]) ->
     # bool is an int to Python; a config that says True for 1 is a mistake.
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is float:
-        good = is_number and _finite(value)
+        good = is_number and _fits(value, limits)
     elif kind is int:
         good = is_number and isinstance(value, int)
     else:
         good = isinstance(value, kind)
+    if good and kind is str and not limits.get("choices"):
+        check_text(field, value)
     if not good or not _within(value, limits):
         hint = f"the field means: {limits['meaning']}"
+        if kind is float and is_number and _within(value, limits):
+            hint = "it is computed with as a float32, which has no such number: " + hint
         if limits.get("choices") and isinstance(value, str):
             hint = _did_you_mean(value, limits["choices"])
-        raise ConfigError(f"{field} is {value!r}; it must be {allowed}", hint)
+        raise ConfigError(f"{field} is {shown(value)}; it must be {allowed}", hint)
     return float(value) if kind is float else value
 
 
@@ -170,7 +181,7 @@ def parse_value(field: str, text: str, kind: Any) -> Any:
         if typing.get_origin(kind) is tuple:
             return _parse_tuple(text, typing.get_args(kind)[0])
         return kind(text)
-    except (ValueError, SyntaxError, TypeError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text  # not of the type: check_value refuses it with the right words
 
 
@@ -185,17 +196,24 @@ def _parse_tuple(text: str, item: Any) -> tuple:
     return tuple(part if item is str else item(part) for part in items)
 
 
-def _finite(value: float) -> bool:
+def _fits(value: float, limits: Mapping[str, Any]) -> bool:
+    """Whether the float32 that the number becomes is finite, within its bounds, and 0 only for 0.
+
+    1 - 1e-9 is 1 as a float32: a moment that decays by it would divide by 0.
+    """
     try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond all floats
+        single, = struct.unpack("f", struct.pack("f", value))
+    except (OverflowError, struct.error):
         return False
+    # XLA takes numbers below the normal ones for 0 on some devices.
+    exists = math.isfinite(single) and (not value or abs(single) >= 2.0**-126)
+    return exists and _within(single, {k: limits.get(k) for k in ("above", "below")})
 
 
 def _check_tuple(field: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> tuple:
     items = typing.get_args(kind)
     if not isinstance(value, (tuple, list)):
-        raise ConfigError(f"{field} is {value!r}; it must be a tuple",
+        raise ConfigError(f"{field} is {shown(value)}; it must be a tuple",
                           f"the field means: {limits['meaning']}")
     if items[-1] is not Ellipsis and len(value) != len(items):
         raise ConfigError(f"{field} has {len(value)} entries; it must have {len(items)}",
@@ -210,12 +228,8 @@ def _check_tuple(field: str, value: Any, kind: Any, limits: Mapping[str, Any]) -
 
 
 def _check_pattern(field: str, pattern: Any) -> None:
-    if isinstance(pattern, str):
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ConfigError(f"{field}: {pattern!r} is not a regular expression",
-                              str(error)) from None
+    if isinstance(pattern, str) and (error := pattern_error(pattern)):
+        raise ConfigError(f"{field}: {shown(pattern)} is not a regular expression", error)
 
 
 def _within(value: Any, limits: Mapping[str, Any]) -> bool:
@@ -241,15 +255,13 @@ def _allowed(kind: Any, limits: Mapping[str, Any]) -> str:
 def _build(cls: type, values: Any, prefix: str, groups: Mapping[str, type]) -> Any:
     """The dataclass `cls` of a mapping, every key known and every value checked."""
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{prefix.rstrip('.')} is {values!r}; it must be a group of fields",
+        raise ConfigError(f"{prefix.rstrip('.')} is {shown(values)}; it must be a group of fields",
                           _group_hint(prefix, cls))
-    kinds = typing.get_type_hints(cls)
+    kinds = _kinds(cls)
     arguments = {}
     for key, value in values.items():
-        if key == "automatic" and not prefix:
-            continue
         if key not in kinds:
-            raise ConfigError(f"{prefix}{key} is not a field", _nearest_field(f"{prefix}{key}"))
+            raise _no_field(f"{prefix}{key}")
         kind = groups.get(key, kinds[key])
         if dataclasses.is_dataclass(kind):
             arguments[key] = _build(typing.cast(type, kind), value, f"{prefix}{key}.", {})
@@ -261,8 +273,9 @@ def _build(cls: type, values: Any, prefix: str, groups: Mapping[str, type]) -> A
 
 def _family_class(family: Any) -> type:
     if not isinstance(family, str) or family not in FAMILIES:
-        raise ConfigError(f"model.family is {family!r}; it must be one of {', '.join(FAMILIES)}",
-                          _did_you_mean(str(family), FAMILIES))
+        raise ConfigError(
+            f"model.family is {shown(family)}; it must be one of {', '.join(FAMILIES)}",
+            _did_you_mean(shown(family), FAMILIES))
     return FAMILIES[family]
 
 
@@ -275,20 +288,25 @@ def _override(values: dict, field: str, value: Any) -> None:
     *groups, last = field.split(".")
     cls: Any = Config
     for group in groups:
-        kind = typing.get_type_hints(cls).get(group) if dataclasses.is_dataclass(cls) else None
+        kind = _kinds(cls).get(group) if dataclasses.is_dataclass(cls) else None
         if kind is None:
-            raise ConfigError(f"{field} is not a field", _nearest_field(field))
+            raise _no_field(field)
         values = values.setdefault(group, {})
         if not isinstance(values, dict):
-            raise ConfigError(f"{group} is {values!r}; it must be a group of fields",
+            raise ConfigError(f"{group} is {shown(values)}; it must be a group of fields",
                               "start the config from defaults()")
         cls = _family_class(values.get("family", "hybrid")) if group == "model" else kind
-    kind = typing.get_type_hints(cls).get(last) if dataclasses.is_dataclass(cls) else None
+    kind = _kinds(cls).get(last) if dataclasses.is_dataclass(cls) else None
     if kind is None:
-        raise ConfigError(f"{field} is not a field", _nearest_field(field))
+        raise _no_field(field)
     if dataclasses.is_dataclass(kind):
         raise ConfigError(f"{field} is a group of fields", _group_hint(f"{field}.", kind))
     values[last] = parse_value(field, value, kind) if isinstance(value, str) else value
+
+
+def _no_field(field: str) -> ConfigError:
+    printable = field if re.fullmatch(r"[\w.-]{1,99}", field) else shown(field)
+    return ConfigError(f"{printable} is not a field", nearest_field(field[:99]))
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -299,7 +317,8 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
-def _nearest_field(field: str) -> str:
+def nearest_field(field: str) -> str:
+    """A hint for the name of a field that does not exist."""
     known = [name for family in FAMILIES.values()
              for name in fields(Config(model=family()))]
     same_leaf = [name for name in known if name.split(".")[-1] == field.split(".")[-1]]
@@ -321,7 +340,16 @@ def _run_config_file(source: str) -> tuple[dict, str]:
     path_text, _, argument = source.partition(".py:")
     path = Path(path_text + ".py" if argument else source)
     config = _config_of(path, argument)
-    return config.to_dict(), f"{path.stem}-{argument}" if argument else path.stem
+    values = _plain(config, str(path))
+    return values, f"{path.stem}-{argument}" if argument else path.stem
+
+
+def _plain(config: ConfigDict, what: str) -> dict:
+    try:
+        return config.to_dict()
+    except Exception as error:  # a placeholder, or a reference to one, that nobody filled
+        raise ConfigError(f"{what} has a field without a value: {_first_line(error)}",
+                          "give it one, or start the config from defaults()") from error
 
 
 def _config_of(path: Path, argument: str) -> ConfigDict:
@@ -356,13 +384,14 @@ def _config_file_error(path: Path, error: Exception) -> ConfigError:
     own = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
            if frame.filename == str(path.absolute())]
     line = own[-1] if own else getattr(error, "lineno", None)
-    text = str(error.args[0] if error.args else error).strip().splitlines() or [""]
-    unknown = re.search(r'Key "(\w+)" does not exist', text[0])
-    if unknown:
-        text, hint = [f"{unknown[1]} is not a field"], _nearest_field(unknown[1])
-    else:
-        hint = "--debug shows the whole error"
-    return ConfigError(f"{path}:{line}: {type(error).__name__}: {text[0]}", hint)
+    text, hint = _first_line(error), "--debug shows the whole error"
+    if unknown := re.search(r'Key "(\w+)" does not exist', text):
+        text, hint = f"{unknown[1]} is not a field", nearest_field(unknown[1])
+    return ConfigError(f"{path}:{line}: {type(error).__name__}: {text}", hint)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error.args[0] if error.args else error).strip().splitlines() or [""])[0]
 
 
 def _nearest_file(path: Path) -> str:

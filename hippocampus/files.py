@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
-from hippocampus.errors import ConfigError
+from hippocampus.errors import ConfigError, DataError
+
+_LONGEST_NAME, _LONGEST_PATH = 255, 4096
+"""Bytes of the name of a file or folder, and of a path with its end."""
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -29,6 +34,59 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def read_object(path: Path, hint: str) -> dict[str, Any]:
+    """Reads a file that holds one JSON object.
+
+    Args:
+      path: the file.
+      hint: what to do where it does not.
+
+    Raises:
+      DataError: missing, not JSON in UTF-8, or JSON of another kind.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"cannot read {path}: {error}", hint) from None
+    if not isinstance(content, dict):
+        raise DataError(f"cannot read {path}: it is not a JSON object", hint)
+    return content
+
+
+def check_nameable(place: str | Path, what: str = "the folder") -> None:
+    """Refuses a path that no file system can have, before anything asks for it.
+
+    Args:
+      place: a path.
+      what: it is of, for the message.
+
+    Raises:
+      ConfigError: it is too long, or holds NUL or what is no text.
+    """
+    try:
+        path = os.fsencode(place)
+        good = (len(path) < _LONGEST_PATH and b"\0" not in path
+                and all(len(part) <= _LONGEST_NAME for part in path.split(b"/")))
+    except UnicodeEncodeError:
+        good = False
+    if not good:
+        shown = ascii(str(place))
+        raise ConfigError(f"{what} {shown[:60]}{'…' if len(shown) > 60 else ''} cannot be a path",
+                          f"its parts have at most {_LONGEST_NAME} bytes, and no NUL")
+
+
+def expand(path: str | Path) -> Path:
+    """The path with ~ replaced by the home folder.
+
+    Raises:
+      DataError: of somebody whom this machine does not know.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise DataError(f"there is no home folder for {path}", "write the path out") from None
 
 
 def check_writable(folder: Path) -> None:

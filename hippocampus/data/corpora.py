@@ -31,6 +31,7 @@ from hippocampus.data.rows import (
     open_saved,
 )
 from hippocampus.errors import DataError
+from hippocampus.files import expand
 
 TRAIN_PERCENT = 90
 STREAMED_VALIDATION_DOCUMENTS = 5000
@@ -96,7 +97,7 @@ def open_corpus(data: DataConfig) -> Corpus:
     name = data.corpus
     if name in NAMES:
         return _named(name)
-    path = Path(name).expanduser()
+    path = expand(name)
     if path.is_dir():
         return _folder(path, data)
     if _looks_like_path(name):
@@ -115,12 +116,12 @@ def open_corpus(data: DataConfig) -> Corpus:
 
 def hub_id(name: str) -> str | None:
     """The data set of the hub that a `data.corpus` names; None for everything else."""
-    other = name in NAMES or Path(name).expanduser().is_dir() or _looks_like_path(name)
+    other = name in NAMES or expand(name).is_dir() or _looks_like_path(name)
     return name if not other and _HUB_NAME.fullmatch(name) else None
 
 
 def _looks_like_path(name: str) -> bool:
-    path = Path(name).expanduser()
+    path = expand(name)
     if path.exists() or glob.has_magic(name):
         return True
     known = path.suffix in (".txt", ".tokens", *FORMATS)
@@ -203,12 +204,13 @@ def _local_files(data: DataConfig) -> Corpus:
         return _one_text(data.corpus, scanned["train"][0])
     digest = _key({split: [file.sha256 for file in files] for split, files in scanned.items()},
                   data.document_start)
-    sources = {split: _text_source(paths, data.document_start) for split, paths in parts.items()}
+    sources = {split: _text_source(files, data.document_start)
+               for split, files in scanned.items()}
     return _corpus(data.corpus, digest, sources, _held_out)
 
 
 def _matching(pattern: str, field: str) -> list[Path]:
-    path = Path(pattern).expanduser()
+    path = expand(pattern)
     if path.exists() or not glob.has_magic(pattern):
         return [path]
     found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
@@ -223,19 +225,20 @@ def _one_text(name: str, file: text_files.TextFile) -> Corpus:
     ends = {"train": (0, at), "validation": (at, file.n_characters)}
 
     def chunks(split: str) -> Chunks:
-        for i, text in enumerate(text_files.read(file.path, *ends[split])):
+        for i, text in enumerate(text_files.read(file.path, *ends[split], stamp=file.stamp)):
             yield i == 0, text
 
     return Corpus(name, file.sha256, tuple(ends), chunks)
 
 
-def _text_source(paths: list[Path], document_start: str) -> Callable[[], Chunks]:
+def _text_source(files: list[text_files.TextFile], document_start: str) -> Callable[[], Chunks]:
     def chunks() -> Chunks:
-        for path in paths:
+        for file in files:
             if document_start:
-                yield from group_lines(text_files.lines(path), re.compile(document_start))
+                yield from group_lines(text_files.lines(file.path, file.stamp),
+                                       re.compile(document_start))
             else:
-                for i, text in enumerate(text_files.read(path)):
+                for i, text in enumerate(text_files.read(file.path, stamp=file.stamp)):
                     yield i == 0, text
     return chunks
 

@@ -15,7 +15,7 @@ import os
 import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,9 @@ FORMAT = 1
 CHUNK_CHARACTERS = 2**24
 VERIFIED_BYTES = 2**30
 IDS, STARTS, MANIFEST, JOURNAL = "ids.bin", "document_starts.bin", "manifest.json", "journal.jsonl"
+
+_ENTRIES = 13
+"""Of a manifest without its digest."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,11 +150,31 @@ def verify(folder: Path) -> None:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-        if manifest["format"] == FORMAT and {IDS, STARTS} <= manifest["files"].keys():
+        digest = manifest.pop("digest", None)
+        # Earlier versions wrote none: those are held to be what they look like.
+        if digest in (None, _manifest_digest(manifest)) and _is_manifest(manifest):
             return dict(manifest)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise DataError(f"the shards in {folder} are damaged ({MANIFEST})", "delete that folder")
+
+
+def _is_manifest(manifest: dict[str, Any]) -> bool:
+    """Whether every entry is there and of its kind, and the counts are those of the files."""
+    files, counts = manifest["files"], [manifest[field.name] for field in fields(_Totals)[1:]]
+    sizes = {IDS: manifest["tokens"] * {"<u2": 2, "<u4": 4}[manifest["dtype"]],
+             STARTS: manifest["documents"] * 8}
+    return (manifest["format"] == FORMAT and files.keys() == sizes.keys()
+            and len(manifest) == _ENTRIES
+            and all(type(count) is int and count >= 0 for count in counts)
+            and all(isinstance(manifest[name], str) for name in ("tokenizer", "corpus"))
+            and all(isinstance(files[name]["sha256"], str) and files[name]["size"] == size
+                    for name, size in sizes.items()))
+
+
+def _manifest_digest(manifest: dict[str, Any]) -> str:
+    """Of the manifest without its digest: a flipped digit of a count would go unnoticed."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _check(folder: Path, manifest: dict[str, Any], limit: int | None) -> None:
@@ -191,6 +214,7 @@ def _build(corpus: Corpus, tokenizer: Tokenizer, split: str, folder: Path) -> No
     manifest = {"format": FORMAT, "name": corpus.name, "split": split, "corpus": corpus.digest,
                 "tokenizer": tokenizer.digest, "vocab_size": tokenizer.vocab_size,
                 "dtype": dtype.str, **counts, "files": files}
+    manifest["digest"] = _manifest_digest(manifest)
     write_atomically(partial / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     partial.replace(folder)
     (folder / JOURNAL).unlink()

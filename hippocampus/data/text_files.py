@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 from hippocampus.errors import DataError
 
 BLOCK_BYTES = 2**22
+
+Stamp = tuple[int, int, int]
+"""What tells a file from itself after a change: inode, size, time of the last change."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +24,13 @@ class TextFile:
         path: where it is.
         sha256: hex digest of its bytes.
         n_characters: how many characters it has.
+        stamp: of the file that was scanned.
     """
 
     path: Path
     sha256: str
     n_characters: int
+    stamp: Stamp
 
 
 def scan(path: Path, known: str = "", field: str = "data.corpus") -> TextFile:
@@ -42,13 +48,14 @@ def scan(path: Path, known: str = "", field: str = "data.corpus") -> TextFile:
         DataError: it is missing, unreadable, blank, or not UTF-8.
     """
     digest, characters, blank = hashlib.sha256(), 0, True
-    for text in read(path, known=known, field=field):
+    stamp = _stamp(os.stat(path)) if path.exists() else (0, 0, 0)
+    for text in read(path, known=known, field=field, stamp=stamp):
         digest.update(text.encode())
         characters += len(text)
         blank = blank and not text.strip()
     if blank:
         raise DataError(f"{field}: {path} is empty", "name a file with text in it")
-    return TextFile(path, digest.hexdigest(), characters)
+    return TextFile(path, digest.hexdigest(), characters, stamp)
 
 
 def read(
@@ -57,14 +64,15 @@ def read(
     last: int | None = None,
     known: str = "",
     field: str = "data.corpus",
+    stamp: Stamp | None = None,
 ) -> Iterator[str]:
     """Yield the characters first .. last - 1 of a file, block by block, line ends as they are.
 
     Raises:
-        DataError: the file is missing, unreadable or not UTF-8.
+        DataError: the file is missing, unreadable, not UTF-8, or not the one of the stamp any more.
     """
     place = 0
-    for text in _decoded(path, known, field):
+    for text in _decoded(path, known, field, stamp):
         if last is not None and place >= last:
             return
         end = None if last is None else last - place
@@ -73,10 +81,10 @@ def read(
         place += len(text)
 
 
-def lines(path: Path) -> Iterator[str]:
+def lines(path: Path, stamp: Stamp | None = None) -> Iterator[str]:
     """Yield the lines of a file, each with its line end."""
     rest = ""
-    for text in read(path):
+    for text in read(path, stamp=stamp):
         parts = (rest + text).split("\n")  # splitlines would also split at U+2028 and others
         rest = parts.pop()
         for part in parts:
@@ -85,10 +93,10 @@ def lines(path: Path) -> Iterator[str]:
         yield rest
 
 
-def _decoded(path: Path, known: str, field: str) -> Iterator[str]:
+def _decoded(path: Path, known: str, field: str, stamp: Stamp | None) -> Iterator[str]:
     """Decode without translating line ends: the digest is that of the file."""
     carry, offset = b"", 0
-    for block in _blocks(path, known, field):
+    for block in _blocks(path, known, field, stamp):
         content = carry + block
         try:
             text, carry = content.decode("utf-8"), b""
@@ -112,6 +120,10 @@ def _decoded(path: Path, known: str, field: str) -> Iterator[str]:
             yield text
 
 
+def _stamp(found: os.stat_result) -> Stamp:
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def _is_prefix(content: bytes) -> bool:
     """Whether bytes that do not decode could be the beginning of a character."""
     try:
@@ -121,13 +133,19 @@ def _is_prefix(content: bytes) -> bool:
     return True
 
 
-def _blocks(path: Path, known: str, field: str) -> Iterator[bytes]:
+def _blocks(path: Path, known: str, field: str, stamp: Stamp | None) -> Iterator[bytes]:
     """The bytes of a file; the last block is empty."""
     try:
         with path.open("rb") as file:
-            while block := file.read(BLOCK_BYTES):
+            more = True
+            while more:
+                block = file.read(BLOCK_BYTES)
+                # Behind the read: a block that is passed on is of the file that was scanned.
+                if stamp and _stamp(os.fstat(file.fileno())) != stamp:
+                    raise DataError(f"{field}: {path} changed while it was read",
+                                    "wait until it is complete, then start the same command again")
                 yield block
-        yield b""
+                more = bool(block)
     except FileNotFoundError:
         hint = f"check the path, or use one of: {known}" if known else "check the path"
         raise DataError(f"{field}: there is no file {path}", hint) from None

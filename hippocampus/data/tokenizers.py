@@ -8,10 +8,11 @@ BPE from a corpus.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import repeat
 from pathlib import Path
@@ -31,6 +32,9 @@ from hippocampus.data.tokenizer_files import (
 )
 from hippocampus.errors import DataError
 from hippocampus.files import write_atomically
+
+LARGEST_VOCABULARY = 2**24
+"""Ids that a model can have (`model.vocab_size`)."""
 
 # White space to Python alone: the library would not split there.
 _SEPARATORS = re.compile("[\x1c-\x1f]")
@@ -74,11 +78,15 @@ class Tokenizer:
             DataError: the text is not one that the `tokenizers` library reads.
         """
         try:
-            self._library = LibraryTokenizer.from_str(document)
+            self._library = _whole_texts(LibraryTokenizer.from_str(document))
         except Exception as error:  # the library raises bare Exceptions
             raise DataError(f"not a valid tokenizer.json: {error}") from None
         self._document = document
         self._vocabulary: dict[str, int] = self._library.get_vocab(with_added_tokens=True)
+        if not 0 < self.vocab_size <= LARGEST_VOCABULARY:
+            raise DataError(f"not a usable tokenizer.json: its ids go up to {self.vocab_size - 1:,}"
+                            if self._vocabulary else "not a usable tokenizer.json: it has no tokens"
+                            )
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -166,7 +174,8 @@ class Tokenizer:
         encoded = self._encode_directly(text)
         if encoded is None:
             _utf8(text)
-            ids = self._library.encode(text, add_special_tokens=False).ids
+            with _library_errors():
+                ids = self._library.encode(text, add_special_tokens=False).ids
             return np.asarray(ids, np.int32)
         return encoded
 
@@ -205,8 +214,9 @@ class Tokenizer:
             encoded = [self.encode(piece.text + "\n" if self._lacks_line_end(piece) else piece.text)
                        for piece in pieces]
         else:
-            batch = self._plain_library.encode_batch_fast(
-                [piece.text for piece in pieces], add_special_tokens=False)
+            with _library_errors():
+                batch = self._plain_library.encode_batch_fast(
+                    [piece.text for piece in pieces], add_special_tokens=False)
             encoded = [np.array(one.ids, np.int32) for one in batch]
         if self.end_id is None:
             return encoded
@@ -266,7 +276,7 @@ class Tokenizer:
     @cached_property
     def _plain_library(self) -> LibraryTokenizer:
         """A second one, for texts that may quote special tokens."""
-        library = LibraryTokenizer.from_str(self._document)
+        library = _whole_texts(LibraryTokenizer.from_str(self._document))
         library.encode_special_tokens = True
         return library
 
@@ -290,6 +300,22 @@ class Tokenizer:
         for character, index in self._vocabulary.items():
             table[ord(character)] = index
         return table
+
+
+def _whole_texts(library: LibraryTokenizer) -> LibraryTokenizer:
+    """Without the cut and the padding that a tokenizer.json may ask for: all of a text counts."""
+    library.no_truncation()
+    library.no_padding()
+    return library
+
+
+@contextlib.contextmanager
+def _library_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the library raises bare Exceptions
+        raise DataError(f"the tokenizer cannot read the text: {error}",
+                        "is its tokenizer.json damaged?") from None
 
 
 def _utf8(text: str) -> bytes:

@@ -11,7 +11,6 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import tokenizers
 
@@ -28,7 +27,7 @@ from hippocampus.data.tokenizer_files import (
 )
 from hippocampus.data.tokenizers import Tokenizer, byte_tokenizer, character_tokenizer
 from hippocampus.errors import DataError
-from hippocampus.files import write_atomically
+from hippocampus.files import expand, write_atomically
 
 FORMAT = 1
 DEFAULT_BPE_SIZE = 32_768
@@ -58,7 +57,7 @@ def build_tokenizer(data: DataConfig, corpus: Corpus) -> Tokenizer:
     if data.tokenizer == "bytes":
         return byte_tokenizer()
     if data.tokenizer not in ("characters", "words", "bpe"):
-        return Tokenizer.load(Path(data.tokenizer).expanduser())
+        return Tokenizer.load(expand(data.tokenizer))
     path = cache_folder() / "tokenizers" / f"{_key(data, corpus)}.json"
     with locked(path):
         try:

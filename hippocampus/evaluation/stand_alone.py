@@ -22,7 +22,7 @@ from hippocampus.evaluation.held_out import HeldOutText, read_text, take_split
 from hippocampus.evaluation.ngrams import ngram_lines, smoothing_note
 from hippocampus.evaluation.report import WEIGHTS, Report, Windows, make_report
 from hippocampus.exports.folder import ExportRecord, is_export, open_export
-from hippocampus.files import check_writable
+from hippocampus.files import check_writable, expand
 from hippocampus.generation.language_model import LanguageModel
 from hippocampus.generation.loading import load
 from hippocampus.runs.run_folder import RunFolder
@@ -167,7 +167,7 @@ def _read(folder: RunFolder, config: Config, tokenizer: Tokenizer, request: Requ
           ) -> tuple[HeldOutText, dict[str, float], tuple[str, ...]]:
     """The text, and the n-gram lines with what is to be said of them."""
     if request.text:
-        text = read_text(Path(request.text).expanduser(), tokenizer)
+        text = read_text(expand(request.text), tokenizer)
         try:
             corpus = _corpus_of(folder, config)
         except DataError as error:  # the run folder may have travelled without its corpus

@@ -22,7 +22,7 @@ from hippocampus.config import Config
 from hippocampus.config_files import EXPORT, from_json, to_json
 from hippocampus.errors import ConfigError, DataError
 from hippocampus.exports.storage import STORAGES
-from hippocampus.files import check_writable
+from hippocampus.files import check_nameable, check_writable
 
 WEIGHTS, CONFIG, TOKENIZER, CARD = FILES = (
     "model.safetensors", "config.json", "tokenizer.json", "MODEL_CARD.md")
@@ -112,6 +112,7 @@ def check_free(out: Path, overwrite: bool) -> None:
     Raises:
       ConfigError: a file, somebody else's folder, an earlier export, or no permission.
     """
+    check_nameable(out)
     out = out.resolve()
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file", "choose another --out")
@@ -173,7 +174,10 @@ def _is_ours(folder: Path) -> bool:
 def _claim(partial: Path, out: Path) -> int:
     """Makes the folder to write into, empty; returns what holds the right to it."""
     partial.mkdir(parents=True, exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
+    try:  # what is in it will be deleted: it must not be somebody else's folder behind a link
+        lock = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+    except OSError:
+        raise ConfigError(f"{partial} is a link", "remove it, or choose another --out") from None
     try:
         # The kernel drops the lock with the process, so a killed export leaves none behind.
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -45,7 +45,7 @@ class RunRecords:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         content = json.loads(path.read_text("utf-8"))
         if isinstance(content, dict):
             return content

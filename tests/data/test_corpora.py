@@ -401,3 +401,30 @@ def test_wikitext_mini_without_its_files_names_them_and_where_they_go(tmp_path, 
 def test_only_a_data_set_of_the_hub_has_a_hub_id(name, found, monkeypatch):
     monkeypatch.chdir(Path(__file__).resolve().parents[2])
     assert corpora.hub_id(name) == (name if found else None)
+
+
+@pytest.mark.parametrize("start", ["", "^w1"])
+@pytest.mark.parametrize("change", ["shorter", "longer", "replaced", "touched", "gone"])
+def test_a_file_that_changes_after_it_was_scanned_is_refused_and_never_half_read(
+        tmp_path, change, start):
+    path = tmp_path / "x.txt"
+    path.write_text(" ".join(f"w{i}" for i in range(999)))
+    corpus = open_corpus(DataConfig(corpus=str(path), document_start=start))
+    if change == "replaced":
+        (tmp_path / "new").write_text(path.read_text()[::-1])
+        (tmp_path / "new").rename(path)
+    elif change == "gone":
+        path.unlink()
+    elif change == "touched":
+        os.utime(path, (0, 0))
+    else:
+        path.write_text("short" if change == "shorter" else path.read_text() + " more")
+    with pytest.raises(DataError, match=r"changed while it was read|there is no file") as caught:
+        list(corpus.pieces("train"))
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["~nobody_of_that_name/x.txt", "~nobody_of_that_name/*.txt"])
+def test_the_home_folder_of_nobody_is_an_error(name):
+    with pytest.raises(DataError, match="there is no home folder for ~nobody"):
+        open_corpus(DataConfig(corpus=name))

@@ -348,3 +348,42 @@ def test_long_text_is_tokenized_in_bounded_memory(tmp_path):
 
 def test_byte_tokenizer_of_the_tests_is_the_one_of_the_config(text):
     assert opened(text)[1].digest == byte_tokenizer().digest
+
+
+def test_a_manifest_with_any_byte_flipped_is_made_again_or_means_the_same(text):
+    corpus, tokenizer = opened(text)
+    good = token_split(corpus, tokenizer, "train")
+    counts = (good.n_bytes, good.n_words, good.n_documents, good.n_unknown)
+    folder = split_folder(corpus, tokenizer, "train")
+    content = (folder / "manifest.json").read_bytes()
+    for place in range(len(content)):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 7
+        (folder / "manifest.json").write_bytes(flipped)
+        try:
+            found = open_split(folder, tokenizer)
+        except DataError as error:
+            assert len(error.message.splitlines()) == 1
+            continue
+        assert (found.n_bytes, found.n_words, found.n_documents, found.n_unknown) == counts
+        np.testing.assert_array_equal(found.ids, good.ids)
+    (folder / "manifest.json").write_bytes(content)
+
+
+@pytest.mark.parametrize("change", [
+    {"dtype": "<u8"}, {"dtype": "x"}, {"dtype": None}, {"tokenizer": 3}, {"bytes": -1},
+    {"bytes": True}, {"words": "9"}, {"tokens": 1}, {"documents": 2}, {"format": 2}, {"more": 1},
+    {"files": {}}, {"files": None}, {"files": {"../x": {"size": 1, "sha256": "x"}}}])
+def test_a_manifest_without_a_digest_is_held_to_what_it_looks_like(text, change):
+    corpus, tokenizer = opened(text)
+    token_split(corpus, tokenizer, "train")
+    path = split_folder(corpus, tokenizer, "train") / "manifest.json"
+    whole = path.read_text()
+    content = json.loads(whole)
+    del content["digest"]
+    path.write_text(json.dumps(content))
+    open_split(path.parent, tokenizer)
+    path.write_text(json.dumps({**content, **change}))
+    with pytest.raises(DataError, match="are damaged"):
+        open_split(path.parent, tokenizer)
+    path.write_text(whole)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import normalizers
 
+from hippocampus.data.documents import Piece
 from hippocampus.data.tokenizer_files import bpe_trainer, library_bpe, library_words
 from hippocampus.data.tokenizers import Tokenizer, byte_tokenizer, character_tokenizer
 from hippocampus.errors import DataError
@@ -247,3 +248,54 @@ def test_learned_tokenizer_with_another_part_is_left_to_the_library(name, bpe):
     other = Tokenizer(library.to_str())
     assert other.kind == "other"
     assert other.encode("A the").tolist() == library.encode("a the").ids
+
+
+def of_characters(**changes) -> str:
+    """The document of a tokenizer of the characters a, b and the space, changed."""
+    content = json.loads(character_tokenizer("ab ").to_json())
+    content["model"]["vocab"].update(changes.pop("vocab", {}))
+    return json.dumps({**content, **changes})
+
+
+CUT = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+PAD = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 99,
+       "pad_type_id": 0, "pad_token": "a"}
+
+
+@pytest.mark.parametrize("part", [{"truncation": CUT}, {"padding": PAD}])
+def test_a_tokenizer_that_cuts_or_pads_reads_whole_texts_all_the_same(part):
+    # Another normalizer: so that the library encodes.
+    for other in ({}, {"normalizer": {"type": "NFC"}}):
+        tokenizer = Tokenizer(of_characters(**part, **other))
+        assert tokenizer.decode(tokenizer.encode("ab ab")) == "ab ab"
+        piece, = tokenizer.encode_pieces([Piece("ab ab", True, True)])
+        np.testing.assert_array_equal(piece, tokenizer.encode("ab ab"))
+        assert piece.max() < tokenizer.vocab_size
+
+
+@pytest.mark.parametrize(("vocab", "words"), [
+    ({"c": 2**24}, "its ids go up to 16,777,216"), ({"c": 2**32 - 1}, "its ids go up to"),
+    ({"c": 2**40}, "not a valid"), ({"c": -1}, "not a valid"), ({"c": 1.5}, "not a valid")])
+def test_ids_that_no_model_can_have_are_refused(tmp_path, vocab, words):
+    (tmp_path / "t.json").write_text(of_characters(vocab=vocab))
+    with pytest.raises(DataError, match=words) as caught:
+        Tokenizer.load(tmp_path / "t.json")
+    assert str(tmp_path / "t.json") in caught.value.message and caught.value.hint
+
+
+def test_a_tokenizer_without_tokens_is_refused():
+    content = json.loads(of_characters())
+    content["model"]["vocab"] = {}
+    with pytest.raises(DataError, match="it has no tokens"):
+        Tokenizer(json.dumps(content))
+
+
+def test_ids_with_holes_need_a_model_that_has_the_highest():
+    tokenizer = Tokenizer(of_characters(vocab={"c": 1000}))
+    assert tokenizer.vocab_size == 1001 and tokenizer.encode("c").tolist() == [1000]
+
+
+def test_what_the_library_fails_at_is_a_data_error():
+    content = json.loads(of_characters(normalizer={"type": "NFC"}))
+    with pytest.raises(DataError, match="the tokenizer cannot read the text"):
+        Tokenizer(json.dumps(content)).encode("axb")
