@@ -23,7 +23,7 @@ from argparse import ArgumentParser
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hippocampus.errors import ConfigError, HippocampusError
 
@@ -34,7 +34,13 @@ DEFAULT_HEARTBEAT_SECONDS = 30
 _DAY_MS = 24 * 3600 * 1000
 _FAILED = "hippocampus/failed"
 _SECONDS_TO_SAY_GOODBYE = 5.0
+_SECONDS_TO_GO = 0.5
 _rounds = itertools.count()
+_agreements = itertools.count()
+_has_failed = False
+_is_joining = False
+_leaving = threading.Lock()
+_shutdown = threading.Lock()
 _watcher: _Watcher | None = None
 
 
@@ -74,13 +80,16 @@ def initialize(coordinator_address: str | None = None, num_processes: int | None
       ConfigError: some of the three are given, but not all, or they do not fit together.
       HippocampusError: the others could not be reached in time; worth another try.
     """
-    global _watcher
+    global _watcher, _is_joining
     launch = find_launch(coordinator_address, num_processes, process_id)
     if launch is None:
         return False
     import jax
 
+    # It would take SIGTERM from hippocampus.training.signals, and looks only between steps.
+    jax.config.update("jax_enable_preemption_service", False)
     explicit = launch.num_processes is not None
+    _is_joining = True
     try:
         jax.distributed.initialize(
             launch.coordinator_address, launch.num_processes, launch.process_id,
@@ -94,6 +103,8 @@ def initialize(coordinator_address: str | None = None, num_processes: int | None
         raise HippocampusError(
             f"cannot join the other processes: {first_line[:300]}",
             "is every process started, and the coordinator's port reachable and free?") from error
+    finally:
+        _is_joining = False
     if is_several():
         _watcher = _Watcher()
     return is_several()
@@ -131,8 +142,8 @@ def find_launch(coordinator_address: str | None = None, num_processes: int | Non
 
 
 def is_several() -> bool:
-    """Whether this process is one of several."""
-    return _client() is not None and _state().num_processes > 1
+    """Whether this process is one of several; not while it still waits for them to join."""
+    return not _is_joining and _client() is not None and _state().num_processes > 1
 
 
 def is_first() -> bool:
@@ -180,14 +191,52 @@ def check_same(record: Mapping[str, Any]) -> None:
                     "start every process with the same command, versions and data")
 
 
+class Agreement:
+    """What processes tell each other to stop together; all of them make the same ones in order."""
+
+    def __init__(self) -> None:
+        self._name = f"hippocampus/stop/{next(_agreements)}"
+
+    def ask(self, number: int) -> None:
+        """Tells all processes, this one included, that a signal asks for an end."""
+        if is_several():
+            with contextlib.suppress(Exception):  # another process was asked before this one
+                _client().key_value_set(self._name, str(number))
+
+    def asked(self) -> int | None:
+        """The number of the signal that some process was asked to stop by."""
+        with _shutdown, contextlib.suppress(Exception):  # nobody was
+            return int(_client().key_value_try_get(self._name)) if is_several() else None
+        return None
+
+    def answer(self, answer: Any) -> None:
+        """Says what the others have to know, as JSON can hold it; only the first answer counts."""
+        if is_several():
+            with contextlib.suppress(Exception):  # it has answered already
+                _client().key_value_set(f"{self._name}/{_state().process_id}", json.dumps(answer))
+
+    def answers(self) -> list[Any] | None:
+        """What every process has answered, in order; None if the connection ends before that."""
+        client, state = _client(), _state()
+        try:
+            return [json.loads(client.blocking_key_value_get(f"{self._name}/{i}", _DAY_MS))
+                    for i in range(state.num_processes)]
+        except Exception:
+            return None
+
+
 def report_failure(code: int) -> bool:
     """Tells the other processes to end with this exit code.
 
     Returns:
-      Whether this process is the one to say why: the first that failed.
+      Whether this process is the one to say why: the first that failed, and its first failure.
     """
+    global _has_failed
     if not is_several():
         return True
+    if _has_failed:  # of the same cause: the others are leaving
+        return False
+    _has_failed = True
     client, own = _client(), _state().process_id
     with contextlib.suppress(Exception):  # somebody was first, or the coordinator is gone
         client.key_value_set(_FAILED, json.dumps({"code": code, "by": own}))
@@ -203,16 +252,25 @@ def leave_failed(code: int) -> None:
     sys.stderr.flush()
     if not is_several():
         return
-    give_up = time.monotonic() + _SECONDS_TO_SAY_GOODBYE
+    _leaving.acquire()  # never released: who comes second waits for the end
     with contextlib.suppress(Exception):
         failed = json.loads(_client().blocking_key_value_get(_FAILED, 1000))
-        if failed["by"] == _state().process_id:  # the coordinator must be the last to go
-            for i in range(_state().num_processes):
-                if i != failed["by"]:
-                    left = max(1, round(1000 * (give_up - time.monotonic())))
-                    _client().blocking_key_value_get(f"{_FAILED}/seen/{i}", left)
-        else:
+        if failed["by"] != _state().process_id:
             time.sleep(_SECONDS_TO_SAY_GOODBYE)  # the watcher ends this process
+    _depart(code)
+
+
+def _depart(code: int) -> NoReturn:
+    """Ends this process; the coordinator goes last, because JAX aborts those that miss it."""
+    client, state = _client(), _state()
+    give_up = time.monotonic() + _SECONDS_TO_SAY_GOODBYE
+    with contextlib.suppress(Exception):
+        client.key_value_set(f"{_FAILED}/seen/{state.process_id}", "")
+        if state.process_id == 0:
+            for i in range(1, state.num_processes):
+                left = max(1, round(1000 * (give_up - time.monotonic())))
+                client.blocking_key_value_get(f"{_FAILED}/seen/{i}", left)
+            time.sleep(_SECONDS_TO_GO)  # they have seen it, and may not be gone yet
     os._exit(code)
 
 
@@ -226,7 +284,8 @@ def finish() -> None:
         if _watcher is not None:
             _watcher.stop()
             _watcher = None
-        jax.distributed.shutdown()
+        with _shutdown:  # not while another thread asks
+            jax.distributed.shutdown()
 
 
 class _Watcher:
@@ -250,10 +309,8 @@ class _Watcher:
                 continue
             if failed["by"] == own:
                 return
-            with contextlib.suppress(Exception):
-                client.key_value_set(f"{_FAILED}/seen/{own}", "")
             sys.stdout.flush()
-            os._exit(failed["code"])
+            _depart(failed["code"])
 
 
 def _state() -> Any:
@@ -264,8 +321,10 @@ def _state() -> Any:
 
 
 def _client() -> Any:
-    # Where JAX is not even imported there is no other process.
-    return _state().client if "jax" in sys.modules else None
+    # Where JAX is not even imported there is no other process. Importing it is not for this
+    # function to do: a thread may ask while the main one is in the middle of that.
+    state = getattr(sys.modules.get("jax._src.distributed"), "global_state", None)
+    return None if state is None else state.client
 
 
 def _round() -> str:

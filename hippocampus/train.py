@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from hippocampus import distributed
 from hippocampus.config_files import load_config
+from hippocampus.training.signals import StopSignal
 from hippocampus.verbs import Parser, run_verb, take_overrides
 
 
@@ -18,21 +19,29 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--workdir", help="run folder (default: checkpoints/<config name>)")
     parser.add_argument("--check", action="store_true",
                         help="check the config, print parameters and memory, train nothing")
+    parser.add_argument("--allow_change", default="", metavar="FIELD[,FIELD]",
+                        help="go on with new values of fields that a run must not change by itself")
     distributed.add_flags(parser)
     rest, overrides = take_overrides(arguments)
     flags = parser.parse_args(rest)
     if flags.expect_devices:
         overrides["mesh.devices"] = str(flags.expect_devices)
-    distributed.initialize(flags.coordinator_address, flags.num_processes, flags.process_id)
-    config = load_config(flags.config, overrides)
-    if flags.check:
-        from hippocampus.training.check import describe
+    with StopSignal(owns_process=True) as stop:
+        distributed.initialize(flags.coordinator_address, flags.num_processes, flags.process_id)
+        config = load_config(flags.config, overrides)
+        if config.train.deterministic:
+            from hippocampus.devices import prepare_deterministic
 
-        sys.stdout.write(describe(config))
-    else:
-        from hippocampus.training.loop import fit
+            prepare_deterministic()
+        if flags.check:
+            from hippocampus.training.check import describe
 
-        fit(config, flags.workdir)
+            sys.stdout.write(describe(config))
+        else:
+            from hippocampus.training.loop import fit
+
+            fit(config, flags.workdir, stop=stop,
+                allow_changes=[name for name in flags.allow_change.split(",") if name])
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from hippocampus.errors import (
     OutOfMemoryError,
     Stopped,
 )
+from hippocampus.runs.redact import redact
 
 
 class Parser(argparse.ArgumentParser):
@@ -100,7 +101,8 @@ def _report(error: HippocampusError, debug: bool) -> None:
         traceback.print_exception(error)
     kind = "stopped" if isinstance(error, Stopped) else "error"
     sys.stdout.flush()
-    sys.stderr.write(f"{kind}: {error.message}\n" + (f"hint: {error.hint}\n" if error.hint else ""))
+    message = redact(error.message)  # a flag that is refused may hold a secret
+    sys.stderr.write(f"{kind}: {message}\n" + (f"hint: {error.hint}\n" if error.hint else ""))
 
 
 def _out_of_memory(error: BaseException) -> OutOfMemoryError | None:

@@ -3,12 +3,12 @@
 import json
 import signal
 import time
-from pathlib import Path
 
 import processes
 import pytest
 import tiny_run
 from processes import codes, started, train, wait
+from tiny_run import series
 
 from hippocampus.runs.run_folder import read_metrics
 
@@ -46,13 +46,6 @@ RUN = {"train__steps": 16, "log__every_steps": 1, "eval__every_steps": 8, "mesh_
        "sample__max_new_tokens": 2}
 
 
-def numbers(workdir: Path) -> list[tuple]:
-    """Every number of metrics.jsonl that does not depend on the clock, exactly."""
-    return [(row["step"], sorted((name, float(value).hex()) for name, value in row.items()
-                                 if name != "train/tokens_per_second"))
-            for row in read_metrics(workdir / "metrics.jsonl")]
-
-
 def scripted(script: str, commands: list[list[str]]) -> list[list[str]]:
     """The commands with a script in place of the verb."""
     return [[command[0], "-c", script, *command[3:]] for command in commands]
@@ -84,7 +77,7 @@ def test_two_processes_stopped_through_one_of_them_end_with_the_bits_of_one_proc
     again = train(tmp_path / "two", 2, 1, RUN)
     assert codes(again) == [0, 0], again[0].stderr[-5:]
     assert any(line == f"going on from step {step}" for line in again[0].stdout)
-    assert numbers(tmp_path / "two") == numbers(tmp_path / "one")
+    assert series(tmp_path / "two") == series(tmp_path / "one")
     results = [json.loads((tmp_path / name / "results.json").read_text()) for name in
                ("one", "two")]
     assert results[0] == results[1]
@@ -182,8 +175,8 @@ def test_four_devices_give_the_same_bits_over_one_two_and_four_processes(tmp_pat
         assert codes(found) == [0] * n, found[0].stderr[-5:]
     (lone,) = train(tmp_path / "lone", 1, 1, {**EVERYTHING, "mesh__fsdp": 1, "mesh__sequence": 1})
     assert lone.popen.returncode == 0
-    assert len(numbers(tmp_path / "1")) == 6
-    assert numbers(tmp_path / "2") == numbers(tmp_path / "1") == numbers(tmp_path / "4")
+    assert len(series(tmp_path / "1")) == 6
+    assert series(tmp_path / "2") == series(tmp_path / "1") == series(tmp_path / "4")
     rows = zip(read_metrics(tmp_path / "lone" / "metrics.jsonl"),
                read_metrics(tmp_path / "4" / "metrics.jsonl"), strict=True)
     for one, four in rows:
@@ -193,27 +186,13 @@ def test_four_devices_give_the_same_bits_over_one_two_and_four_processes(tmp_pat
 
 
 @pytest.mark.full
-def test_run_goes_on_with_another_number_of_processes(tmp_path):
-    changes = {**RUN, "mesh__sequence": 2, "optimizer__schedule": "constant",
-               "eval__every_steps": 0}
-    for n, steps in ((1, 4), (4, 8), (2, 12)):
-        found = train(tmp_path / "run", n, 4 // n, {**changes, "train__steps": steps})
-        assert codes(found) == [0] * n, found[0].stderr[-5:]
-    (alone,) = train(tmp_path / "one", 1, 4, {**changes, "train__steps": 12})
-    assert alone.popen.returncode == 0
-    trained = [[row for row in numbers(tmp_path / name) if row[1][0][0].startswith("mixer")]
-               for name in ("run", "one")]
-    assert len(trained[0]) == 12 and trained[0] == trained[1]
-
-
-@pytest.mark.full
 def test_sums_over_four_devices_differ_by_rounding_only(tmp_path):
     # Gloo, between processes, adds four numbers in another order than XLA inside of one.
     for n in (1, 2, 4):
         found = train(tmp_path / str(n), n, 4 // n, {**RUN, "train__steps": 4})
         assert codes(found) == [0] * n, found[0].stderr[-5:]
-    assert numbers(tmp_path / "2") == numbers(tmp_path / "4")
-    for row, wanted in zip(numbers(tmp_path / "1"), numbers(tmp_path / "4"), strict=True):
+    assert series(tmp_path / "2") == series(tmp_path / "4")
+    for row, wanted in zip(series(tmp_path / "1"), series(tmp_path / "4"), strict=True):
         assert [float.fromhex(value) for _, value in row[1]] == pytest.approx(
             [float.fromhex(value) for _, value in wanted[1]], rel=1e-5)
 
