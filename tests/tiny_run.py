@@ -1,12 +1,16 @@
 """A run that trains in seconds, shared by the tests of what is done before, in and after one."""
 
+import dataclasses
 import functools
 import hashlib
+import json
 import os
 import random
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,36 @@ TINY: dict[str, Any] = {
     "checkpoint.every_steps": 1000, "log.every_steps": 2, "log.histogram_every_steps": 0,
     "sample.max_new_tokens": 4, "sample.prompt": "the "}
 """Overrides of the default config: attention only, which compiles fastest."""
+
+STEPS = 24
+LONG: dict[str, Any] = {
+    "train__steps": STEPS, "train__grad_accumulation": 2, "model__dropout": 0.1,
+    "log__every_steps": 1, "eval__every_steps": 8, "checkpoint__every_steps": 5,
+    "checkpoint__keep_latest": 100, "sample__max_new_tokens": 2}
+"""Changes of the run that tests stop, kill and damage: random numbers matter in it."""
+
+SLOW = """import os, time
+from hippocampus.runs.checkpoints import Checkpoints
+from hippocampus.train import main
+from hippocampus.training import loop
+from hippocampus.verbs import run_verb
+place, start, finish = loop.Run.place, Checkpoints._start, Checkpoints._finish
+begun = {}
+def slowly(self, *batch):
+    time.sleep(PAUSE)
+    return place(self, *batch)
+def begins(self, step, *rest):
+    begun[step] = time.monotonic()
+    os.write(1, b"begins to save %d\\n" % step)
+    return start(self, step, *rest)
+def ends(self, step, *rest):
+    notes = finish(self, step, *rest)
+    os.write(1, b"saved %d in %f s\\n" % (step, time.monotonic() - begun[step]))
+    return notes
+loop.Run.place, Checkpoints._start, Checkpoints._finish = slowly, begins, ends
+run_verb(main)
+"""
+"""The train verb with a pause before every batch, that says when a save begins and is whole."""
 
 
 @functools.cache
@@ -82,6 +116,11 @@ def command(workdir: Path, verb: str = "train", **changes: Any) -> list[str]:
             f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in values.items())]
 
 
+def slowly(arguments: list[str], pause: float = 0.1) -> list[str]:
+    """A train command as `SLOW`."""
+    return [arguments[0], "-c", SLOW.replace("PAUSE", str(pause)), *arguments[3:]]
+
+
 def run(arguments: list[str], timeout: float = 120) -> subprocess.CompletedProcess:
     """Runs a command to its end."""
     return subprocess.run(arguments, capture_output=True, text=True, env=environment(),
@@ -99,3 +138,79 @@ def digest(tree: Any) -> str:
             leaf = jax.random.key_data(leaf)
         sha.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
     return sha.hexdigest()
+
+
+# ---------------------------------------------------------------- runs that must end alike
+
+def finish(workdir: Path, **changes: Any) -> str:
+    """Trains `LONG` to its end in a process of its own; returns what it printed."""
+    done = run(command(workdir, **{**LONG, **changes}))
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@functools.cache
+def uninterrupted() -> Path:
+    """`LONG`, never stopped."""
+    finish(folder() / "uninterrupted")
+    return folder() / "uninterrupted"
+
+
+def wait_for(what: Callable[[], bool], process: subprocess.Popen, seconds: float = 90) -> None:
+    """Until something holds, which must be before the process ends."""
+    give_up = time.monotonic() + seconds
+    while not what():
+        assert process.poll() is None, f"it ended with exit code {process.returncode}"
+        assert time.monotonic() < give_up, f"not in {seconds} s"
+        time.sleep(0.01)
+
+
+def series(workdir: Path) -> list[tuple]:
+    """Every number that must not depend on how often a run was stopped, exactly."""
+    from hippocampus.runs.run_folder import read_metrics
+
+    return [(row["step"], sorted((name, float(value).hex()) for name, value in row.items()
+                                 if not name.startswith(("train/tokens_per", "time/"))))
+            for row in read_metrics(workdir / "metrics.jsonl")]
+
+
+def digests(workdir: Path, step: int) -> dict[str, str]:
+    """Of the parameters, their average, the optimizer's state, the guard, the step and the key."""
+    from hippocampus.config import MeshConfig
+    from hippocampus.config_files import read_json
+    from hippocampus.runs.checkpoints import Checkpoints
+
+    config, _ = read_json(workdir / "config.json")
+    with Checkpoints(workdir / "steps") as checkpoints:
+        trees = checkpoints.restore(step, _abstract_state(
+            dataclasses.replace(config, mesh=MeshConfig())))
+    return {name: digest(tree) for name, tree in trees.items()}
+
+
+@functools.cache
+def _abstract_state(config: Any) -> dict[str, Any]:
+    import jax
+
+    from hippocampus.models.build_model import build_model
+    from hippocampus.training import sharding
+    from hippocampus.training.optimizer import build_optimizer
+    from hippocampus.training.step import sharded_init
+
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    optimizer = build_optimizer(config.optimizer, config.train.steps)
+    return sharded_init(build_model(config), optimizer, config, mesh)[1].trees()
+
+
+def assert_same_run(workdir: Path, other: Path) -> None:
+    """Two finished runs: every number, every bit of the state, the results and the last text."""
+    from hippocampus.runs.run_folder import read_metrics
+
+    assert series(workdir) == series(other)
+    step = read_metrics(other / "metrics.jsonl")[-1]["step"]
+    found, wanted = digests(workdir, step), digests(other, step)
+    assert set(found) == {"params", "ema", "optimizer", "guard", "progress"}
+    assert found == wanted
+    results = [json.loads((place / "results.json").read_text()) for place in (workdir, other)]
+    assert results[0] == results[1]
+    texts = [(place / "samples" / "best.txt").read_text() for place in (workdir, other)]
+    assert texts[0] == texts[1]

@@ -8,6 +8,8 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hippocampus.training.clock import clock_face
+
 
 class RunConsole:
     """Prints the course of a run; silent on all processes but the first."""
@@ -45,7 +47,7 @@ class RunConsole:
         if self._progress is not None:
             self._progress.update(self._task, completed=step, numbers="  ".join(numbers))
         else:
-            left = "" if seconds_left is None else f"  {_clock(seconds_left)} left"
+            left = "" if seconds_left is None else f"  {clock_face(seconds_left)} left"
             width = len(str(self._steps))
             self.say(f"step {step:>{width}}/{self._steps}  {'  '.join(numbers)}{left}")
 
@@ -68,9 +70,3 @@ class RunConsole:
 
 def _short(number: float) -> str:
     return f"{number / 1000:.1f}k" if number >= 1000 else f"{number:.0f}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"

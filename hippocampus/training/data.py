@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,7 +22,9 @@ from hippocampus.errors import ConfigError, DataError
 from hippocampus.evaluation.held_out import HeldOutText, take_split
 from hippocampus.evaluation.ngrams import ngram_lines
 from hippocampus.evaluation.report import Windows
+from hippocampus.files import write_atomically
 from hippocampus.runs.run_folder import RunFolder
+from hippocampus.training.resume import check_same_data
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,15 @@ class TrainingData:
             "validation_words": self.validation.n_words,
             "validation_unknown": self.validation.n_unknown}, indent=2) + "\n"
 
-    def check_same_as(self, folder: RunFolder) -> None:
+    def check_same_as(self, folder: RunFolder, allowed: Collection[str] = ()) -> list[str]:
         """Refuses to go on with a run on another text or tokenizer.
+
+        Args:
+          folder: of the run.
+          allowed: what may differ all the same, see `hippocampus.training.resume`.
+
+        Returns:
+          A line for each difference that was allowed.
 
         Raises:
           ConfigError: what differs.
@@ -110,16 +120,15 @@ class TrainingData:
         """
         try:
             saved = json.loads(folder.data.read_text("utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             raise DataError(f"cannot read {folder.data}, which says what the run was trained on",
                             "restore it from a copy, or choose another --workdir") from None
-        now = json.loads(self.record())
-        for field, what in (("sha256", "text"), ("tokenizer", "tokenizer")):
-            before, after = str(saved.get(field))[:12], now[field][:12]
-            if saved.get(field) != now[field]:
-                raise ConfigError(
-                    f"{folder.path} was trained on another {what} ({before}… then, {after}… now)",
-                    "choose another --workdir (the pydoc corpus follows the version of Python)")
+        return check_same_data(folder, saved, json.loads(self.record()), allowed)
+
+    def save(self, folder: RunFolder) -> None:
+        """Writes what a run folder keeps of its text: the tokenizer, and what it is known by."""
+        self.tokenizer.save(folder.tokenizer)
+        write_atomically(folder.data, self.record())
 
 
 def read_data(config: Config) -> TrainingData:
@@ -142,9 +151,16 @@ def read_data(config: Config) -> TrainingData:
 
 
 def with_steps(config: Config, data: TrainingData) -> Config:
-    """The config with `train.epochs` turned into the steps that they are, rounded up."""
+    """The config with `train.epochs` turned into the steps that they are, rounded up.
+
+    Raises:
+      ConfigError: more than can be counted.
+    """
     if not config.train.epochs:
         return config
     windows = config.train.epochs * data.batches(config).windows_per_epoch
     steps = max(1, math.ceil(windows / config.train.batch_size))
+    if steps >= 2**31:  # they are counted in an int32
+        raise ConfigError(f"train.epochs = {config.train.epochs:g} is {steps:,} steps; a run has "
+                          "at most 2,147,483,647", "ask for fewer epochs")
     return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))

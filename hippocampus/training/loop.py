@@ -1,42 +1,51 @@
 """The training loop: what `python -m hippocampus.train` and `hippocampus.fit` run.
 
-Where parameters come from, in this order: the run folder's newest checkpoint, else the seed.
+Where parameters come from, in this order: the run folder's newest good checkpoint, else the seed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import math
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax.sharding import Mesh
 
 from hippocampus import __version__, distributed
 from hippocampus.config import Config
-from hippocampus.config_files import fields, read_json, to_json
+from hippocampus.config_files import fields, to_json
 from hippocampus.data.batches import Batch
 from hippocampus.data.prefetch import prefetch
-from hippocampus.devices import resolve
-from hippocampus.errors import ConfigError, Stopped
-from hippocampus.evaluation.evaluate import evaluate
+from hippocampus.devices import check_deterministic, resolve
+from hippocampus.errors import HippocampusError, Stopped
 from hippocampus.files import write_atomically
-from hippocampus.generation.language_model import LanguageModel
 from hippocampus.models.build_model import build_model
 from hippocampus.runs.checkpoints import Checkpoints
-from hippocampus.runs.run_folder import RunFolder, RunLock, cut_metrics, environment
-from hippocampus.training import sharding
-from hippocampus.training.clock import Clock
+from hippocampus.runs.run_folder import (
+    RunFolder,
+    RunLock,
+    cut_metrics,
+    environment,
+    read_metrics,
+)
+from hippocampus.training import rollback, sharding
+from hippocampus.training.clock import Clock, summary
 from hippocampus.training.console import RunConsole
 from hippocampus.training.data import TrainingData, read_data, with_steps
+from hippocampus.training.guard import released, statistics_of
 from hippocampus.training.optimizer import build_optimizer
-from hippocampus.training.report import conclude, eval_values, generate_sample, greet
-from hippocampus.training.signals import StopSignal
+from hippocampus.training.report import conclude, greet
+from hippocampus.training.resume import check_resumable
+from hippocampus.training.rollback import Rollbacks
+from hippocampus.training.run import Interrupted, Run, due, look, look_is_due
+from hippocampus.training.signals import AGAIN, StopSignal
 from hippocampus.training.state import TrainState
 from hippocampus.training.step import TrainStep, jit_train_step, sharded_init, train_step
 from hippocampus.training.trackers import (
@@ -46,41 +55,20 @@ from hippocampus.training.trackers import (
     Trackers,
     WeightsAndBiases,
 )
-
-MAY_CHANGE = ("name", "train.steps", "train.epochs", "train.grad_accumulation", "eval.",
-              "checkpoint.", "log.", "sample.", "mesh.")
-"""Fields, or groups of them, that may differ when a run goes on."""
+from hippocampus.training.watchdog import Watchdog
 
 
-@dataclass
-class Run:
-    """Everything that one run holds while it goes on."""
-
-    config: Config
-    folder: RunFolder
-    data: TrainingData
-    model: Any
-    mesh: Mesh
-    step_function: TrainStep
-    console: RunConsole
-    trackers: Trackers
-    checkpoints: Checkpoints
-    clock: Clock
-    pending: tuple[int, dict[str, jax.Array]] | None = None
-    best_loss: float = field(default=float("inf"))
-
-    def place(self, batch: Any, rows: slice | None = None) -> Any:
-        """A batch on the mesh; of a training batch this process may have read only its rows."""
-        whole = None if rows is None else self.config.train.batch_size
-        return sharding.to_devices(batch, self.mesh, rows, whole)
-
-
-def fit(config: Config, workdir: str | Path | None = None) -> Path:
+def fit(config: Config, workdir: str | Path | None = None, *,
+        allow_changes: Collection[str] = (), stop: StopSignal | None = None) -> Path:
     """Trains, or goes on training, until `train.steps`.
 
     Args:
       config: from `load_config`.
       workdir: the run folder; default: checkpoints/<config.name>.
+      allow_changes: fields that may differ from those that the run began with, besides the ones
+        that may anyway (`hippocampus.training.resume.MAY_CHANGE`).
+      stop: entered already, by a process that belongs to this run; default: one of this call, that
+        raises `Stopped`.
 
     Returns:
       The run folder.
@@ -88,13 +76,38 @@ def fit(config: Config, workdir: str | Path | None = None) -> Path:
     Raises:
       ConfigError: settings, run folder or devices that do not fit; nothing is written.
       DataError: nothing usable to read; nothing is written.
+      CheckpointError: there are checkpoints, but none that can be restored; all are kept.
       Stopped: by SIGTERM or SIGINT, with everything saved.
+      HippocampusError: the numbers do not recover, or the disk takes no checkpoint.
     """
+    started = time.perf_counter()
+    with contextlib.ExitStack() as context:
+        stop = stop or context.enter_context(StopSignal())
+        return _fit(config, workdir, allow_changes, stop, started)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What stays the same when a run goes back to an earlier checkpoint."""
+
+    config: Config
+    folder: RunFolder
+    data: TrainingData
+    model: Any
+    mesh: Mesh
+    console: RunConsole
+    checkpoints: Checkpoints
+    stop: StopSignal
+
+
+def _fit(config: Config, workdir: str | Path | None, allow_changes: Collection[str],
+         stop: StopSignal, started: float) -> Path:
     folder = RunFolder.at(workdir or Path("checkpoints") / config.name)
     first = distributed.is_first()  # the one process that writes and prints
     if first:
         folder.check_usable()
     resolve(config)  # refuses what this device lacks before anything is read
+    check_deterministic(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(mesh, config.train.batch_size, "train.batch_size",
                          config.train.grad_accumulation)
@@ -113,13 +126,15 @@ def fit(config: Config, workdir: str | Path | None = None) -> Path:
     lock = RunLock(folder) if first else None
     try:
         if first:
-            _open_folder(folder, config, automatic, data, console)
+            _open_folder(folder, config, automatic, allow_changes, data, console)
         distributed.barrier()
         greet(console, config, folder, data, model)
-        with Checkpoints(folder.steps, config.checkpoint) as checkpoints:
-            trained = _train(config, folder, data, model, mesh, console, checkpoints)
+        with Checkpoints(folder.steps, config.checkpoint, console.say) as checkpoints:
+            job = _Job(config, folder, data, model, mesh, console, checkpoints, stop)
+            trained = _train(job, started)
+            stop.all_saved()
             if trained or not distributed.from_first(folder.results.exists()):
-                conclude(console, config, folder, data, model, mesh, checkpoints)
+                conclude(console, config, folder, data, model, mesh, checkpoints, stop)
     finally:
         console.stop()
         if lock is not None:
@@ -128,179 +143,232 @@ def fit(config: Config, workdir: str | Path | None = None) -> Path:
 
 
 def _open_folder(folder: RunFolder, config: Config, automatic: tuple[str, ...],
-                 data: TrainingData, console: RunConsole) -> None:
+                 allow_changes: Collection[str], data: TrainingData, console: RunConsole) -> None:
     """Checks that a run can go on, or begins one; config.json marks it and is written last."""
     if folder.is_run():
-        for line in check_resumable(folder, config, automatic):
+        for line in check_resumable(folder, config, automatic, allow_changes):
             console.say(line)
-        data.check_same_as(folder)
+        changes = data.check_same_as(folder, allow_changes)
+        for line in changes:
+            console.say(line)
+        if changes:
+            data.save(folder)
     else:
-        data.tokenizer.save(folder.tokenizer)
-        write_atomically(folder.data, data.record())
+        data.save(folder)
     write_atomically(folder.environment, _json(environment()))
     write_atomically(folder.config, to_json(config, automatic))
 
 
-def check_resumable(folder: RunFolder, config: Config, automatic: tuple[str, ...]) -> list[str]:
-    """Compares a run's saved config with the one asked for.
+class _GoBack(Exception):
+    """Training does not recover: to the newest checkpoint before some step."""
 
-    Returns:
-      What a person should know of allowed differences.
-
-    Raises:
-      ConfigError: the first field that must not differ, with both values.
-    """
-    saved, _ = read_json(folder.config)
-    before, now, notes = fields(saved), fields(config), []
-    for name in sorted(now):
-        if before.get(name) == now[name] or name.startswith(MAY_CHANGE):
-            continue
-        if name in automatic:
-            notes.append(f"note: {name} is {now[name]} on this device (it was {before.get(name)}); "
-                         "numbers will differ a little")
-            continue
-        raise ConfigError(f"{folder.path} was trained with {name} = {before.get(name)!r}, not "
-                          f"{now[name]!r}", "go on with the old value, or choose another --workdir")
-    if saved.train.steps != config.train.steps and config.optimizer.schedule != "constant":
-        notes.append(f"note: train.steps was {saved.train.steps}, is {config.train.steps}: the "
-                     "learning-rate schedule moves")
-    return notes
+    def __init__(self, at: int, before: int):
+        super().__init__(f"from step {at} to one before {before}")
+        self.at, self.before = at, before
 
 
-def _train(config: Config, folder: RunFolder, data: TrainingData, model: Any, mesh: Mesh,
-           console: RunConsole, checkpoints: Checkpoints) -> bool:
+def _train(job: _Job, started: float) -> bool:
     """From the newest checkpoint, or the seed, to the last step; False if that was reached."""
+    config, console = job.config, job.console
     optimizer = build_optimizer(config.optimizer, config.train.steps)
-    first_state, like, shardings = sharded_init(model, optimizer, config, mesh)
-    done = distributed.from_first(checkpoints.latest or 0)
-    if done >= config.train.steps:
-        console.say(f"this run is finished ({done} steps); raise train.steps to go on")
-        return False
-    if done:
-        state = TrainState.from_trees(checkpoints.restore(done, like.trees()))
-        console.say(f"going on from step {done}")
-    else:
-        state = first_state()
+    first_state, like, shardings = sharded_init(job.model, optimizer, config, job.mesh)
+    step_function = jit_train_step(train_step(job.model, optimizer, config), job.mesh, shardings)
+    rollbacks = Rollbacks.read(job.folder.rollbacks)
+
+    def restore(before: int | None = None) -> tuple[int, Callable[[], TrainState]]:
+        found = job.checkpoints.restore_newest(like.trees(), before=before, optional=("guard",))
+        if found is None:
+            return 0, first_state
+        step, trees = found
+        return step, lambda: TrainState.from_trees(trees, like)
+
+    done, make_state = restore()
+    state = None
+    while True:
+        unseen = _stopped_before_looking(job.folder, done)
+        if done >= config.train.steps and not unseen:
+            console.say(f"this run is finished ({done} steps); raise train.steps to go on")
+            return False
+        if done:
+            console.say(f"going on from step {done}")
+        try:
+            _attempt(job, step_function, state or make_state(), done, unseen, rollbacks, started)
+            return True
+        except _GoBack as trouble:
+            at, before = trouble.at, trouble.before
+        # Where it went back to last time was too late, if nothing newer has been saved since.
+        candidates = [step for step in job.checkpoints.steps if step < before]
+        if rollbacks.records and candidates[1:] and candidates[-1] == rollbacks.records[-1].to:
+            before = candidates[-1]
+        done, make_state = restore(before)
+        state = make_state()
+        state = dataclasses.replace(state, guard=released(state.guard))
+        rollbacks = rollbacks.add(at, done)
+        job.checkpoints.set_aside(done, "rolled_back")
+        console.say(f"warning: going back from step {at} to {done or 'the beginning'} and past the "
+                    f"batches in between (roll-back {len(rollbacks.records)} of "
+                    f"{config.guard.max_rollbacks})")
+        started = time.perf_counter()
+
+
+def _attempt(job: _Job, step_function: TrainStep, state: TrainState, done: int, unseen: bool,
+             rollbacks: Rollbacks, started: float) -> None:
+    """From a state after `done` steps to the last step; raises what ends it before that."""
+    config, folder = job.config, job.folder
     trackers: list[Tracker] = []
+    clock = Clock(config, len(jax.devices()), started)
     if distributed.is_first():
-        cut_metrics(folder.metrics, done)
+        clock.carry_on(read_metrics(folder.metrics), done)
+        cut_metrics(folder.metrics, done, evaluated=not unseen)
         folder.results.unlink(missing_ok=True)  # of an earlier, shorter run
         trackers = [JsonLines(folder.metrics), TensorBoard(folder.path, done + 1)]
         if config.log.wandb_project:
             trackers.append(WeightsAndBiases(config.log.wandb_project, folder, fields(config)))
-    run = Run(config, folder, data, model, mesh,
-              jit_train_step(train_step(model, optimizer, config), mesh, shardings), console,
-              Trackers(trackers), checkpoints, Clock(config, len(jax.devices())))
+    watchdog = Watchdog(folder.path, config.guard.slow_step_factor,
+                        config.guard.slow_step_seconds, job.console.say, jax.process_index())
+    run = Run(config, folder, job.data, rollbacks.source(job.data.batches(config)), job.model,
+              job.mesh, step_function, job.console, Trackers(trackers, job.console.say),
+              job.checkpoints, clock, watchdog, job.stop)
     run.best_loss = distributed.from_first(min(
-        (loss for loss in checkpoints.losses().values() if loss is not None),
+        (loss for loss in job.checkpoints.losses().values() if loss is not None),
         default=float("inf")))
-    console.say("compiling the training step (10 to 60 seconds, once) …")
-    console.start(done)
-    try:
-        with StopSignal() as stop:
-            _loop(run, state, done, stop)
-    finally:
-        run.trackers.close()
-    return True
+    run.skipped = int(state.guard["skipped"])
+    with contextlib.closing(run.trackers), watchdog:
+        clock.begins()
+        if unseen:
+            _look_again(run, state, done)
+        _loop(run, state, done, rollbacks)
+        job.console.stop()
+        job.console.say(summary(clock.account()))
 
 
-def _loop(run: Run, state: TrainState, done: int, stop: StopSignal) -> None:
+def _loop(run: Run, state: TrainState, done: int, rollbacks: Rollbacks) -> None:
     """Steps `done` to the end. The device always has the next step before numbers are fetched."""
     rows = sharding.process_rows(run.mesh, run.config.train.batch_size)
-    with contextlib.closing(prefetch(run.data.batches(run.config), done,
-                                     run.config.train.steps, rows)) as batches:
-        _steps(run, state, done, stop, batches, rows)
+    steps = run.config.train.steps
+    if done < steps:
+        run.console.say("compiling the training step (10 to 60 seconds, once) …")
+    with contextlib.closing(prefetch(run.source, done, steps, rows)) as batches:
+        for step in range(done, steps):
+            with run.clock.during("data"):
+                batch = run.place(next(batches), rows)
+            state = _step(run, state, step, batch, compiles=step == done)
+            if run.in_a_row >= run.config.guard.patience:
+                _go_back(run, state, step + 1, rollbacks)
+    run.checkpoints.wait()
+    _check_saved(run, steps, "the last step")
 
 
-def _steps(run: Run, state: TrainState, done: int, stop: StopSignal,
-           batches: Iterator[Batch], rows: slice) -> None:
-    config = run.config
-    for step, batch in enumerate(batches, done):
-        state, metrics = run.step_function(state, run.place(batch, rows))
-        _write_pending(run)
-        n, last = step + 1, step + 1 == config.train.steps
-        if _due(n, config.log.every_steps) or last or step == 0:
-            run.pending = (n, metrics)
-        interrupted = stop.after(n)
-        eval_loss = None
-        if _due(n, config.eval.every_steps) or last:
-            _write_pending(run)
-            with run.clock.paused():
-                eval_loss = _evaluate(run, state, n)
-        if _due(n, config.log.histogram_every_steps):
-            with run.clock.paused():
-                _draw(run, state, n, run.place(batch, rows))
-        if _due(n, config.sample.every_steps) and not last:  # the end has a sample of its own
-            with run.clock.paused():
-                _sample(run, state, n)
-        better = eval_loss is not None and eval_loss < run.best_loss
-        if _due(n, config.checkpoint.every_steps) or better or last or interrupted:
-            _write_pending(run)  # a run killed after the save goes on behind this row
-            with run.clock.paused():
-                run.checkpoints.save(n, state.trees(), eval_loss)
-            run.best_loss = eval_loss if better and eval_loss is not None else run.best_loss
-        if interrupted:
-            run.checkpoints.wait()
-            raise Stopped(f"{interrupted.name} at step {n}: everything is saved",
-                          "start the same command again to go on")
-    _write_pending(run)
+def _step(run: Run, state: TrainState, step: int, batch: Batch, compiles: bool) -> TrainState:
+    """One step, and all that is due after it."""
+    with run.during("compile") if compiles else contextlib.nullcontext():
+        state, metrics = run.step_function(state, batch)
+    run.stop.unsaved()
+    if compiles:
+        run.console.start(step)
+    config, n, last = run.config, step + 1, step + 1 == run.config.train.steps
+    run.watchdog.beat(n)
+    run.write_pending()
+    logged = due(n, config.log.every_steps) or last or step == 0
+    saves = due(n, config.checkpoint.every_steps) or last
+    looks = look_is_due(config, n)
+    if logged or saves or looks or due(n, config.guard.patience):
+        run.pending = (n, metrics, logged)
+    eval_loss, unseen = None, looks
+    if run.stop.here() is None and looks:
+        run.write_pending()
+        with contextlib.suppress(Interrupted):
+            eval_loss, unseen = look(run, state, n, batch), False
+    better = eval_loss is not None and eval_loss < run.best_loss
+    if run.stop.wanted:
+        _remember_unseen(run, n, unseen)  # before the save: a second signal may end it after
+    if saves or better or run.stop.wanted:
+        run.write_pending()  # a run killed after the save goes on behind this row
+        # A state that only skips is that of an earlier step.
+        if better or last or run.stop.wanted or not run.in_a_row:
+            _save(run, state, n, eval_loss)
+    if run.stop.wanted or ((saves or better) and run.stop.here()):
+        _stop(run, n)
+    return state
 
 
-def _write_pending(run: Run) -> None:
-    """Fetches and writes the metrics of an earlier step."""
-    if run.pending is None:
-        return
-    (step, metrics), run.pending = run.pending, None
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    values.update(run.clock.lap(step))
-    run.trackers.scalars(step, values)
-    run.console.step(step, values, run.clock.seconds_left(step))
+def _save(run: Run, state: TrainState, n: int, eval_loss: float | None) -> None:
+    if distributed.is_first() and not run.folder.config.is_file():
+        raise HippocampusError(f"the run folder {run.folder.path} is gone or cannot be read",
+                               "mount it again and start the same command")
+    loss = eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None
+    with run.during("checkpoint"):
+        run.trackers.flush()
+        saved = run.checkpoints.save(n, state.trees(), loss)
+    if saved and loss is not None:
+        run.best_loss = min(run.best_loss, loss)
 
 
-def _evaluate(run: Run, state: TrainState, step: int) -> float:
-    """Scores the validation split with raw and averaged weights; returns eval/loss."""
-    windows = run.data.windows(run.config, run.config.eval.max_windows)
-    with sharding.around(run.mesh):
-        values = eval_values("eval", {
-            name: evaluate(run.model, params, windows, run.data.bytes_per_token, run.place,
-                           run.data.words_per_token)
-            for name, params in (("raw", state.params), ("ema", state.ema)) if params})
-    run.trackers.scalars(step, values)
-    raw = f" (raw weights {values['eval/loss_raw']:.4f})" if state.ema else ""
-    run.console.say(f"step {step}: validation loss {values['eval/loss']:.4f}{raw}, "
-                    f"{values['eval/bits_per_byte']:.4f} bits per byte")
-    return values["eval/loss"]
+def _remember_unseen(run: Run, n: int, unseen: bool) -> None:
+    """What a run that stops has not looked at yet, it will when it goes on."""
+    if distributed.is_first():
+        if unseen:
+            write_atomically(run.folder.stopped, _json({"step": n}))
+        else:
+            run.folder.stopped.unlink(missing_ok=True)
 
 
-def _draw(run: Run, state: TrainState, step: int, batch: Batch) -> None:
-    """Writes histograms of what the model did on a batch, which lies on the mesh."""
-    with sharding.around(run.mesh):
-        values = _distributions(run.model, state.params, batch)
-    for name, array in sharding.to_host(values, run.mesh).items():
-        run.trackers.histogram(step, name, array.ravel())
+def _stop(run: Run, n: int) -> NoReturn:
+    """Ends a run that a signal has asked to end."""
+    number = run.stop.wanted
+    assert number is not None
+    run.checkpoints.wait()
+    _check_saved(run, n, f"{number.name} at step {n}")
+    raise Stopped(f"{number.name} at step {n}: everything is saved", AGAIN)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _distributions(model: Any, params: Any, batch: Batch) -> dict[str, jax.Array]:
-    _, out, _ = model.apply({"params": params}, batch, method="forward")
-    return model.distributions(out)
+def _check_saved(run: Run, n: int, what: str) -> None:
+    newest = distributed.from_first(run.checkpoints.latest)
+    if newest != n:
+        raise HippocampusError(
+            f"{what} could not be saved; the newest checkpoint is "
+            f"{'none' if newest is None else f'step {newest}'}",
+            "make room on the disk, then start the same command again")
 
 
-def _sample(run: Run, state: TrainState, step: int) -> None:
-    """Writes a text with the averaged weights."""
-    params = sharding.to_one_device(state.ema or state.params, run.mesh)
-    if not distributed.is_first():
-        return
-    lm = LanguageModel(run.model, params, run.data.tokenizer, run.config)
-    text = generate_sample(lm, run.config)
-    run.folder.samples.mkdir(exist_ok=True)
-    write_atomically(run.folder.samples / f"{step}.txt", run.config.sample.prompt + text)
-    run.trackers.text(step, "sample", run.config.sample.prompt + text)
-    run.console.sample(step, run.config.sample.prompt, text)
+def _go_back(run: Run, state: TrainState, n: int, rollbacks: Rollbacks) -> NoReturn:
+    """Keeps what a person needs to see, then goes back, or gives up."""
+    statistics = {**run.values, "parameters": statistics_of(state.params)}
+    path = run.folder.bad_batches / f"step_{run.seen}.json"
+    if distributed.is_first():
+        rollback.dump(path, run.source.batch(run.seen - 1), statistics)
+    if len(rollbacks.records) >= run.config.guard.max_rollbacks:
+        raise HippocampusError(
+            f"training does not recover: {run.in_a_row} steps in a row up to step {run.seen} had "
+            f"to be skipped, after {len(rollbacks.records)} roll-backs; {path} has the numbers",
+            "lower optimizer.learning_rate, or raise guard.max_rollbacks to go on")
+    run.checkpoints.wait()
+    raise _GoBack(at=n, before=run.seen - run.in_a_row + 1)
 
 
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+def _look_again(run: Run, state: TrainState, done: int) -> None:
+    """What a signal kept the run from seeing of the step that it goes on from."""
+    rows = sharding.process_rows(run.mesh, run.config.train.batch_size)
+    batch = run.place(run.source.batch(done - 1, rows), rows)
+    try:
+        loss = look(run, state, done, batch)
+    except Interrupted:
+        assert run.stop.wanted is not None
+        raise Stopped(f"{run.stop.wanted.name}: nothing was left to save", AGAIN) from None
+    if loss is not None and math.isfinite(loss):  # as where a step is evaluated and then saved
+        run.checkpoints.score(done, loss)
+        run.best_loss = min(run.best_loss, loss)
+    if distributed.is_first():
+        run.folder.stopped.unlink(missing_ok=True)
+
+
+def _stopped_before_looking(folder: RunFolder, done: int) -> bool:
+    """Whether a signal came between this step and the evaluation that was due after it."""
+    step = None
+    if distributed.is_first():
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            step = json.loads(folder.stopped.read_text("utf-8"))["step"]
+    return bool(done) and distributed.from_first(step) == done
 
 
 def _json(content: Any) -> str:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from hippocampus import distributed
 from hippocampus.config import Config
+from hippocampus.errors import Stopped
 from hippocampus.evaluation.evaluate import Evaluation, evaluate
 from hippocampus.evaluation.ngrams import smoothing_note
 from hippocampus.evaluation.report import Report, Windows, make_report
@@ -25,6 +26,7 @@ from hippocampus.runs.run_folder import RunFolder
 from hippocampus.training import sharding
 from hippocampus.training.console import RunConsole
 from hippocampus.training.data import TrainingData
+from hippocampus.training.signals import AGAIN, StopSignal
 
 
 def greet(console: RunConsole, config: Config, folder: RunFolder, data: TrainingData,
@@ -44,11 +46,11 @@ def greet(console: RunConsole, config: Config, folder: RunFolder, data: Training
 
 
 def conclude(console: RunConsole, config: Config, folder: RunFolder, data: TrainingData,
-              model: Any, mesh: Mesh, checkpoints: Checkpoints) -> None:
+              model: Any, mesh: Mesh, checkpoints: Checkpoints, stop: StopSignal) -> None:
     """The best checkpoint against the n-gram lines, a text from it, and what to type next."""
     console.stop()
     checkpoints.wait()
-    step = distributed.from_first(checkpoints.best)
+    step = distributed.from_first(checkpoints.best_good() if distributed.is_first() else None)
     shapes = parameter_shapes(model)
     like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes,
                         sharding.tree_shardings(mesh, shapes, config.mesh.rules))
@@ -56,6 +58,8 @@ def conclude(console: RunConsole, config: Config, folder: RunFolder, data: Train
     windows, scored = data.windows(config, 0), {}
 
     def place(batch: Any) -> Any:
+        if number := stop.here():
+            raise Stopped(f"{number.name}: nothing was left to save", AGAIN)
         return sharding.to_devices(batch, mesh)
 
     for name, tree in trees.items():  # the last one is the one that counts

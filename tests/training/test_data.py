@@ -148,3 +148,11 @@ def test_epochs_become_steps_as_soon_as_the_text_is_read(read, epochs):
     assert 4 * (steps - 1) < epochs * windows <= 4 * steps
     assert with_steps(dataclasses.replace(config, train=dataclasses.replace(
         config.train, epochs=0.0)), data).train.steps == config.train.steps != steps
+
+
+def test_epochs_of_more_steps_than_can_be_counted_are_refused(read, monkeypatch):
+    data, config = read(train__epochs=1e6, train__batch_size=1)
+    with_steps(config, data)
+    monkeypatch.setattr(ShuffledWindows, "windows_per_epoch", 3000)
+    with pytest.raises(ConfigError, match=r"train\.epochs = 1e\+06 is 3,000,000,000 steps"):
+        with_steps(config, data)

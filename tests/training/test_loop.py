@@ -1,58 +1,31 @@
 """Whole runs: what a run leaves behind, and that a stopped one ends like one never stopped."""
 
-import functools
 import json
 import shutil
 import signal
 import struct
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 import tiny_run
+from tiny_run import STEPS, assert_same_run, finish
 
-from hippocampus.errors import ConfigError, DataError
+from hippocampus.errors import ConfigError, DataError, HippocampusError
 from hippocampus.runs.run_folder import RunFolder, RunLock, read_metrics
-from hippocampus.training import clock as clock_module
 from hippocampus.training import loop
-from hippocampus.training.clock import Clock
-from hippocampus.training.loop import check_resumable, fit
-
-STEPS = 24
-RUN = {"train__steps": STEPS, "train__grad_accumulation": 2, "model__dropout": 0.1,
-       "log__every_steps": 1, "eval__every_steps": 8, "checkpoint__every_steps": 5,
-       "checkpoint__keep_latest": 100, "sample__max_new_tokens": 2}
-SLOW = """import time
-from hippocampus.training import loop
-from hippocampus.train import main
-from hippocampus.verbs import run_verb
-place = loop.Run.place
-def slowly(self, *batch):
-    time.sleep(0.1)
-    return place(self, *batch)
-loop.Run.place = slowly
-run_verb(main)
-"""
-
-
-def finish(workdir: Path, **changes) -> str:
-    """Trains to the end in a process of its own; returns what it printed."""
-    done = tiny_run.run(tiny_run.command(workdir, **{**RUN, **changes}))
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+from hippocampus.training.loop import fit
+from hippocampus.training.resume import check_resumable
 
 
 def stop(workdir: Path, number: signal.Signals, after_rows: int) -> tuple[int, str]:
     """Starts the run and sends a signal after some rows; returns exit code and stderr."""
-    python, _, _, *flags = tiny_run.command(workdir, **RUN)
-    process = subprocess.Popen([python, "-c", SLOW, *flags], text=True, stderr=subprocess.PIPE,
-                               stdout=subprocess.DEVNULL, env=tiny_run.environment())
+    process = subprocess.Popen(
+        tiny_run.slowly(tiny_run.command(workdir, **tiny_run.LONG)), text=True,
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=tiny_run.environment())
     try:
-        give_up = time.monotonic() + 90
-        while len(read_metrics(workdir / "metrics.jsonl")) < after_rows:
-            assert process.poll() is None and time.monotonic() < give_up, process.communicate()[1]
-            time.sleep(0.02)
+        tiny_run.wait_for(lambda: len(read_metrics(workdir / "metrics.jsonl")) >= after_rows,
+                          process)
         process.send_signal(number)
         return process.wait(60), process.communicate()[1]
     finally:
@@ -62,46 +35,7 @@ def stop(workdir: Path, number: signal.Signals, after_rows: int) -> tuple[int, s
 
 @pytest.fixture(scope="module")
 def uninterrupted() -> Path:
-    finish(tiny_run.folder() / "uninterrupted")
-    return tiny_run.folder() / "uninterrupted"
-
-
-def series(workdir: Path) -> list[tuple]:
-    """Every number that must not depend on how often a run was stopped, exactly."""
-    return [(row["step"], sorted((name, float(value).hex()) for name, value in row.items()
-                                 if name != "train/tokens_per_second"))
-            for row in read_metrics(workdir / "metrics.jsonl")]
-
-
-@functools.cache
-def abstract_state():
-    import jax
-
-    from hippocampus.devices import resolve
-    from hippocampus.models.build_model import build_model
-    from hippocampus.training import sharding
-    from hippocampus.training.optimizer import build_optimizer
-    from hippocampus.training.step import sharded_init
-
-    config, _ = resolve(tiny_run.config(**RUN))
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    optimizer = build_optimizer(config.optimizer, STEPS)
-    return sharded_init(build_model(config), optimizer, config, mesh)[1].trees()
-
-
-def digests(workdir: Path, step: int) -> dict[str, str]:
-    """Of the parameters, their average, the optimizer's state, the step and the key."""
-    from hippocampus.runs.checkpoints import Checkpoints
-
-    with Checkpoints(workdir / "steps") as checkpoints:
-        trees = checkpoints.restore(step, abstract_state())
-    return {name: tiny_run.digest(tree) for name, tree in trees.items()}
-
-
-def assert_same_run(workdir: Path, other: Path) -> None:
-    assert series(workdir) == series(other)
-    found, wanted = digests(workdir, STEPS), digests(other, STEPS)
-    assert set(found) == {"params", "ema", "optimizer", "progress"} and found == wanted
+    return tiny_run.uninterrupted()
 
 
 def test_run_stopped_by_sigterm_saves_exits_75_and_ends_bit_for_bit_like_one_never_stopped(
@@ -114,17 +48,6 @@ def test_run_stopped_by_sigterm_saves_exits_75_and_ends_bit_for_bit_like_one_nev
     assert second.startswith("hint: ")
     assert (tmp_path / "run" / "steps" / str(step)).is_dir()
     assert f"going on from step {step}" in finish(tmp_path / "run")
-    assert_same_run(tmp_path / "run", uninterrupted)
-
-
-def test_killed_run_ends_bit_for_bit_like_one_never_killed(tmp_path, uninterrupted):
-    code, _ = stop(tmp_path / "run", signal.SIGKILL, after_rows=14)
-    assert code == -signal.SIGKILL
-    saved = [int(p.name) for p in (tmp_path / "run" / "steps").iterdir() if p.name.isdigit()]
-    assert 5 in saved
-    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 14, "train/lo')
-    assert "going on from step" in finish(tmp_path / "run")
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
@@ -371,19 +294,16 @@ def test_default_folder_has_the_name_of_the_run(tmp_path, monkeypatch):
         fit(tiny_run.config())
 
 
-# ---------------------------------------------------------------- the clock
+def test_folder_that_vanishes_while_it_trains_is_one_clear_line(tmp_path, monkeypatch):
+    real = loop._step
 
-def test_tokens_per_second_leave_out_compiling_and_pauses(monkeypatch):
-    now = 100.0
-    monkeypatch.setattr(clock_module.time, "perf_counter", lambda: now)
-    clock = Clock(tiny_run.config(train__steps=100), n_devices=1)
-    now += 60  # compiling
-    assert clock.lap(1) == {} and clock.seconds_left(1) is None
-    now += 2
-    with clock.paused():
-        now += 30  # evaluating
-    now += 3
-    assert clock.lap(11)["train/tokens_per_second"] == pytest.approx(10 * 8 * 16 / 5)
-    assert clock.seconds_left(11) == pytest.approx(89 / 2)
-    now += 1
-    assert clock.lap(13)["train/tokens_per_second"] == pytest.approx(2 * 8 * 16 / 1)
+    def step(run, state, step, batch, compiles):
+        if step == 2:
+            run.folder.path.rename(tmp_path / "elsewhere")
+        return real(run, state, step, batch, compiles)
+
+    monkeypatch.setattr(loop, "_step", step)
+    with pytest.raises(HippocampusError, match=r"the run folder .*run is gone") as caught:
+        fit(tiny_run.config(checkpoint__every_steps=2, train__steps=8), tmp_path / "run")
+    assert caught.value.exit_code == 1 and not (tmp_path / "run" / "steps" / "4").exists()
+    assert (tmp_path / "elsewhere" / "steps" / "2").is_dir()
