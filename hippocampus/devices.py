@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from dataclasses import dataclass
 
@@ -76,6 +77,7 @@ class Chip:
 
 
 _GIB = 2**30
+_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 # (platform, pattern of the kind) -> facts; first match counts. A v2/v3 device is one of two cores
 # of a chip and has half its memory; a v4/v5p device is a chip whose two cores work as one.
@@ -141,6 +143,11 @@ def resolve(config: Config, device: Device | None = None,
     """
     device = device or this_device()
     choice = choose(device)
+    if config.train.deterministic and device.platform == "gpu":
+        if config.model.attention.backend == "cudnn":
+            raise ConfigError("model.attention.backend is cudnn with train.deterministic",
+                              "cuDNN adds gradients in any order; use auto or xla")
+        choice = dataclasses.replace(choice, attention="xla")
     model = config.model
     values = {
         "model.compute_dtype": (model.compute_dtype, choice.compute_dtype),
@@ -161,6 +168,28 @@ def resolve(config: Config, device: Device | None = None,
         max_length=model.max_length or config.data.context)
     loss = dataclasses.replace(config.loss, backend=final["loss.backend"])
     return dataclasses.replace(config, model=model, loss=loss), decided
+
+
+def prepare_deterministic() -> None:
+    """Asks XLA for GPU kernels that give the same bits every time; before JAX sees a device.
+
+    It takes no atomic additions then, and chooses no kernel by timing.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if _DETERMINISTIC not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_DETERMINISTIC}".strip()
+
+
+def check_deterministic(config: Config) -> None:
+    """Refuses to train with `train.deterministic` where XLA was not asked in time.
+
+    Raises:
+      ConfigError: on a GPU, without the flag of `prepare_deterministic`.
+    """
+    wanted = config.train.deterministic and this_device().platform == "gpu"
+    if wanted and _DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):
+        raise ConfigError(f"train.deterministic needs XLA_FLAGS={_DETERMINISTIC}",
+                          "set it before JAX is imported; python -m hippocampus.train does")
 
 
 def _loss_backend(vocab_size: int) -> str:

@@ -1,11 +1,21 @@
 """The table that says what suits each kind of device, and what "auto" becomes."""
 
 import dataclasses
+import os
 
 import pytest
 
+from hippocampus import devices
 from hippocampus.config_files import defaults, load_config
-from hippocampus.devices import Choice, Device, choose, resolve, this_device
+from hippocampus.devices import (
+    Choice,
+    Device,
+    check_deterministic,
+    choose,
+    prepare_deterministic,
+    resolve,
+    this_device,
+)
 from hippocampus.errors import ConfigError
 
 CPU = Device("cpu", "cpu")
@@ -117,3 +127,26 @@ def test_position_table_gets_a_row_per_token_of_the_context():
     assert resolve(config, CPU)[0].model.max_length == 96
     longer = load_config(defaults(), {"data.context": 96, "model.max_length": 200})
     assert resolve(longer, CPU)[0].model.max_length == 200
+
+
+def test_deterministic_gpu_runs_take_no_attention_that_adds_in_any_order():
+    config = load_config(defaults(), {"train.deterministic": True})
+    assert resolve(config, H100)[0].model.attention.backend == "xla"
+    assert resolve(load_config(defaults()), H100)[0].model.attention.backend == "cudnn"
+    with pytest.raises(ConfigError, match=r"cudnn with train\.deterministic"):
+        resolve(load_config(defaults(), {"train.deterministic": True,
+                                         "model.attention.backend": "cudnn"}), H100)
+
+
+def test_deterministic_gpu_runs_need_the_flag_before_jax_starts(monkeypatch):
+    config = load_config(defaults(), {"train.deterministic": True})
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_disable_metadata=true")
+    check_deterministic(config)  # a CPU is deterministic
+    monkeypatch.setattr(devices, "this_device", lambda: H100)
+    check_deterministic(load_config(defaults()))
+    with pytest.raises(ConfigError, match="needs XLA_FLAGS="):
+        check_deterministic(config)
+    for _ in range(2):
+        prepare_deterministic()
+    assert os.environ["XLA_FLAGS"] == "--xla_dump_disable_metadata=true --xla_gpu_deterministic_ops=true"
+    check_deterministic(config)
