@@ -102,8 +102,12 @@ what_next() { # CODE
   esac
 }
 
-# The one exit code of several processes. A process that loses its peers may end with anything, so
-# the code that says why goes first: 64, 66, then the first failure, then 75.
+# A process that lost its peers is ended by JAX with SIGABRT: what was saved is there, and the code
+# says nothing of why the peer went.
+lost_peer=134
+
+# The one exit code of several processes: the code that says why goes first. That is 64, 66, then the
+# first failure, then 134, then 75.
 combined_code() { # CODE...
   local code worst=0
   for code in "$@"; do
@@ -111,8 +115,9 @@ combined_code() { # CODE...
       64) worst=64 ;;
       66) [ "$worst" = 64 ] || worst=66 ;;
       75) [ "$worst" != 0 ] || worst=75 ;;
+      "$lost_peer") case $worst in 0 | 75) worst=$code ;; esac ;;
       0) ;;
-      *) case $worst in 0 | 75) worst=$code ;; esac ;;
+      *) case $worst in 0 | 75 | "$lost_peer") worst=$code ;; esac ;;
     esac
   done
   echo "$worst"

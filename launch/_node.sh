@@ -9,7 +9,12 @@
 #   HIPPOCAMPUS_EXPECT_DEVICES   of all nodes together; the run stops if it sees another number
 #   JAX_COORDINATOR_ADDRESS, JAX_COORDINATOR_PORT, NNODES, NODE_RANK, GPUS_PER_NODE   (xpk, GPUs)
 #   SKYPILOT_NODE_IPS, SKYPILOT_NUM_NODES, SKYPILOT_NODE_RANK, SKYPILOT_NUM_GPUS_PER_NODE
+#   HIPPOCAMPUS_MAX_RETRIES      how often in a row a lost peer is worth another start (default: 3)
 # On TPUs JAX finds the other workers by itself.
+#
+# Exit code: that of the program; but 75, after 10 s, 20 s, 40 s …, when it lost its peers (134) in a
+# run that can go on, until that has happened too often without a newer checkpoint. The count is kept
+# in the run folder (--workdir), which alone outlives a machine.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 . launch/_common.sh
@@ -61,4 +66,59 @@ if [ -n "$dry_run" ]; then
   exit 0
 fi
 say "\$ $(shell_words "$python" -m "hippocampus.$verb" "$@")"
-exec "$python" -m "hippocampus.$verb" "$@" # so that a signal to this process reaches the program
+
+# How often in a row this node has lost its peers since the run folder last got further, this time
+# included; nothing where there is no run to go on with.
+count_lost_peers() { # FLAGS...
+  local folder='' word step=0 before=0 count=0
+  for word in "$@"; do
+    case $word in --workdir=*) folder=${word#*=} ;; esac
+  done
+  [ -f "$folder/config.json" ] || return 0
+  for word in "$folder"/steps/*; do
+    word=${word##*/}
+    case $word in
+      *[!0-9]*) ;;
+      *) if [ "$word" -gt "$step" ]; then step=$word; fi ;;
+    esac
+  done
+  if [ -f "$folder/.lost_peers_$rank" ]; then
+    read -r before count <"$folder/.lost_peers_$rank" || true
+    if [ "$step" -gt "$before" ]; then count=0; else step=$before; fi # it may have gone back
+  fi
+  count=$((count + 1))
+  echo "$step $count" >"$folder/.lost_peers_$rank" && echo "$count"
+}
+
+program='' early='' asked=''
+pass_on() { # SIGNAL
+  asked=yes
+  if [ -n "$program" ]; then kill -s "$1" "$program" 2>/dev/null || true; else early=$1; fi
+}
+trap 'pass_on TERM' TERM HUP
+trap 'pass_on INT' INT
+
+# In a group of its own: a signal to this shell, or to all of its group, reaches the program once; a
+# second one would end it before it has saved.
+set -m
+"$python" -m "hippocampus.$verb" "$@" </dev/null &
+program=$!
+set +m
+[ -z "$early" ] || pass_on "$early" # it came while the program was being started
+code=0 asked=''
+wait "$program" || code=$?
+while [ -n "$asked" ]; do # a signal ends the wait, not the program
+  asked='' again=0
+  wait "$program" || again=$?
+  [ "$again" = 127 ] || code=$again # 127: the wait before had the code
+done
+
+if [ "$code" = "$lost_peer" ]; then
+  lost=$(count_lost_peers "$@")
+  if [ -n "$lost" ] && [ "$lost" -le "${HIPPOCAMPUS_MAX_RETRIES:-3}" ]; then
+    say "the peers were lost; to be started again in $(backoff_seconds "$lost") s"
+    sleep "$(backoff_seconds "$lost")"
+    code=75
+  fi
+fi
+exit "$code"

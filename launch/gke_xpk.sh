@@ -28,7 +28,8 @@
 #   --env=NAME=VALUE         a variable for the run (repeatable)
 #   --dry-run                print the commands, run none
 #
-# Exit codes of the run: 1, 69, 75 and 127 to 255 start the workload again, 64 and 66 end it.
+# Exit codes of the run: 1, 69, 75 and 127 to 255 start the workload again, up to --max_restarts, 64
+# and 66 end it. 134 (a peer was lost) becomes 75, after a wait, while the run gets on.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 . launch/_common.sh

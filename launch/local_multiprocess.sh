@@ -16,8 +16,8 @@
 #
 # Verbs: train and evaluate run on all processes; probe and sample on one.
 # Process 0 writes to the terminal; what the others say is shown when one fails.
-# Exit code: 64 or 66 if a process says so, else the first failure, else 75 if one was stopped, else
-# 0. SIGTERM and Ctrl-C reach every process once, which ends them at the same step.
+# Exit code: 64 or 66 if a process says so, else the first failure, else 75 if one was stopped or all
+# that is known is that a peer was lost (134), else 0. SIGTERM and Ctrl-C reach every process once, which ends them at the same step.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 . launch/_common.sh
@@ -109,7 +109,7 @@ signal_running() { # SIGNAL
   done
 }
 
-# shellcheck disable=SC2317 # the traps call it
+# shellcheck disable=SC2317,SC2329 # the traps call it
 pass_on() { # SIGNAL
   asked=$1
   signal_running "$1"
@@ -181,4 +181,8 @@ case $code in
     done
     ;;
 esac
+if [ "$code" = "$lost_peer" ]; then
+  say "a process lost its peers: start the same command again to go on from the newest checkpoint"
+  code=75
+fi
 exit "$code"

@@ -19,8 +19,8 @@
 #   --sky_flag=FLAG    another flag for sky jobs launch (repeatable)
 #   --dry-run          print the commands, run none
 #
-# Its log: sky jobs logs --name NAME. Exit codes of the run: 69, 75 and 134 start it again, others
-# end it.
+# Its log: sky jobs logs --name NAME. Exit codes of the run: 69 and 75 start it again, others end
+# it. 134 (a peer was lost) becomes 75, after a wait, while the run in --bucket gets on.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 . launch/_common.sh

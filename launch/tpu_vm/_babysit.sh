@@ -171,7 +171,10 @@ start_again() { # CODE VERB FLAGS...
         "tpu_vm.sh logs --name=$name --zone=$zone; then delete the slice, which costs money"
       ;;
     again) sleep 10 ;;
-    retry) back_off "$code" "the run" ;;
+    retry)
+      if [ "$code" = "$lost_peer" ]; then say "the run lost a worker, and can go on"; fi
+      back_off "$code" "the run"
+      ;;
   esac
   restart_run "$@" || back_off $? "starting the run"
 }

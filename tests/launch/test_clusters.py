@@ -1,17 +1,24 @@
 """GKE through xpk, SkyPilot, the image they run, and what one node of theirs does."""
 
 import base64
+import os
 import re
+import signal
+import socket
 import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+import tiny_run
 from fake_tools import ROOT, Launchers, read_words
 
 TRAIN = ("train", "--config=x.py", "--say=two words")
 GKE = ("gke_xpk.sh", "run", "--cluster=c", "--project=p", "--zone=z", "--name=n", "--image=i:1")
 COMMON = ["--docker-image=i:1", "--priority=medium", "--max-restarts=20",
           "--restart-on-exit-codes=1,69,75", "--termination-grace-period-seconds=120"]
-RETRYABLE = {69, 75, 134}
+RETRYABLE = {69, 75}
 
 
 @pytest.fixture
@@ -223,8 +230,98 @@ def test_a_node_reads_back_what_was_encoded(launchers):
     assert launchers.calls() == [["python", "-m", "hippocampus.train", "it's", "$HOME", ""]]
 
 
-def test_a_node_becomes_the_program_so_that_signals_reach_it(launchers):
-    launchers.program("python", '#!/usr/bin/env bash\necho "$$"\nexit 75\n')
-    node = launchers.start("_node.sh", "train")
+SAVING = """#!/usr/bin/env bash
+trap 'echo TERM; saving=yes' TERM
+echo up
+for ((i = 0; i < 100; i++)); do
+  sleep 0.05
+  if [ -n "${saving:-}" ]; then sleep 0.5; exit "${FAKE_CODE:-75}"; fi
+done
+"""
+
+
+@pytest.mark.parametrize("group", [False, True], ids=["the-node", "its-group"])
+@pytest.mark.parametrize("code", [75, 0, 143])
+def test_a_signal_reaches_the_program_once_and_its_code_comes_back(launchers, group, code):
+    launchers.program("python", SAVING)
+    command = ["bash", str(launchers.root / "launch/_node.sh"), "train"]
+    node = subprocess.Popen(command, env=launchers.env | {"FAKE_CODE": str(code)},
+                            stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert node.stdout and node.stdout.readline() == "up\n"
+    os.kill(-node.pid if group else node.pid, signal.SIGTERM)
     out, _ = node.communicate(timeout=20)
-    assert (int(out), node.returncode) == (node.pid, 75)
+    assert (out, node.returncode) == ("TERM\n", code)
+
+
+def aborting(launchers, folder, *options, step=None, **env):
+    """What a node whose program lost its peers ends with, and how long it waited."""
+    launchers.program("python", "#!/usr/bin/env bash\nkill -ABRT $$\n")
+    launchers.tools("sleep")
+    if step is not None:
+        (folder / "steps" / str(step)).mkdir(parents=True)
+        (folder / "config.json").touch()
+    before = len(launchers.calls("sleep"))
+    done = launchers.run("_node.sh", "train", f"--workdir={folder}", *options, **env)
+    return done.returncode, [int(call[1]) for call in launchers.calls("sleep")[before:]]
+
+
+def test_a_node_that_lost_its_peers_asks_for_another_start_until_that_is_no_help(launchers):
+    folder = launchers.base / "a run"
+    assert aborting(launchers, folder, step=50) == (75, [10])
+    (folder / "steps/60.damaged").mkdir()
+    (folder / "steps/9").mkdir()
+    assert aborting(launchers, folder) == (75, [20])
+    (folder / "steps/50").rename(folder / "steps/50.damaged")  # what goes back gets no further
+    assert aborting(launchers, folder) == (75, [40])
+    assert aborting(launchers, folder) == (134, [])
+    assert aborting(launchers, folder) == (134, [])
+    assert aborting(launchers, folder, step=100) == (75, [10])  # it gets on again
+    assert aborting(launchers, folder, HIPPOCAMPUS_MAX_RETRIES="1") == (134, [])
+
+
+def test_each_node_counts_for_itself(launchers):
+    folder = launchers.base / "run"
+    assert aborting(launchers, folder, step=50, **XPK) == (75, [10])
+    assert aborting(launchers, folder, **{**XPK, "NODE_RANK": "0"}) == (75, [10])
+
+
+def test_an_abort_before_there_is_a_run_to_go_on_with_is_a_failure(launchers):
+    folder = launchers.base / "run"
+    assert aborting(launchers, folder) == (134, [])
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("code", [1, 64, 66, 69, 137])
+def test_what_says_why_comes_through(launchers, code):
+    launchers.program("python", f"#!/usr/bin/env bash\nexit {code}\n")
+    assert launchers.run("_node.sh", "train", f"--workdir={launchers.base}").returncode == code
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_real_node_whose_peer_is_killed_asks_for_another_start(tmp_path, victim):
+    workdir = tmp_path / "run"
+    verb = tiny_run.command(workdir, train__steps=100_000, checkpoint__every_steps=20)[3:]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = tiny_run.environment() | {
+        "NNODES": "2", "JAX_COORDINATOR_ADDRESS": "127.0.0.1", "JAX_COORDINATOR_PORT": port,
+        "JAX_NUM_CPU_DEVICES": "1", "HIPPOCAMPUS_READY_PYTHON": sys.executable,
+        "HIPPOCAMPUS_HEARTBEAT_SECONDS": "5"}
+    nodes = [subprocess.Popen(["bash", str(ROOT / "launch/_node.sh"), "train", *verb],
+                              env=env | {"NODE_RANK": str(i)}, stderr=subprocess.DEVNULL,
+                              stdout=subprocess.DEVNULL) for i in range(2)]
+    try:
+        give_up = time.monotonic() + 120
+        while not (workdir / "steps/20").exists():
+            assert time.monotonic() < give_up and not any(node.poll() for node in nodes)
+            time.sleep(0.1)
+        children = Path(f"/proc/{nodes[victim].pid}/task/{nodes[victim].pid}/children")
+        os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+        assert nodes[victim].wait(20) == 137
+        assert nodes[1 - victim].wait(60) == 75
+    finally:
+        for node in nodes:
+            node.terminate()  # which a node passes on
+            node.wait(60)

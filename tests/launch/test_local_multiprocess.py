@@ -119,7 +119,7 @@ def test_the_exit_code_is_what_the_processes_say(launchers, first, second, code)
     assert done.returncode == code
 
 
-@pytest.mark.parametrize("code", [1, 64, 66, 134])
+@pytest.mark.parametrize("code", [1, 64, 66, 137])
 def test_a_failure_ends_the_others_at_once_and_is_the_answer(launchers, code):
     started = time.monotonic()
     done = launchers.run("local_multiprocess.sh", "train", FAKE_0=SAVES, FAKE_1=f"exit {code}")
@@ -138,9 +138,25 @@ def test_what_a_process_says_once_it_was_told_to_end_does_not_count(launchers):
     assert time.monotonic() - started < 8
 
 
-def test_an_abort_of_a_peer_is_134(launchers):
-    done = launchers.run("local_multiprocess.sh", "train", FAKE_0=SAVES, FAKE_1="kill -ABRT $$")
-    assert done.returncode == 134
+def test_an_abort_for_a_lost_peer_asks_for_another_start(launchers):
+    """JAX ends a process that lost its peers in this way; a scheduler knows 75."""
+    started = time.monotonic()
+    done = launchers.run("local_multiprocess.sh", "train", FAKE_0=SAVES,
+                         FAKE_1="echo lost; kill -ABRT $$")
+    assert done.returncode == 75
+    assert time.monotonic() - started < 8  # the others are ended as after any failure
+    assert "  lost" in done.stderr.splitlines()
+    assert "a process lost its peers" in done.stderr
+
+
+@pytest.mark.parametrize(("end", "code"), [("kill -KILL $$", 137), ("exit 1", 1), ("exit 66", 66)])
+def test_the_failure_that_the_others_aborted_for_wins(launchers, end, code):
+    # Both are gone before the launcher looks, so that none counts as told to end.
+    gone = 'until [ -f "$FAKE_LOG.gone" ]; do sleep 0.01; done; '
+    done = launchers.run("local_multiprocess.sh", "train", FAKE_0=gone + "kill -ABRT $$",
+                         FAKE_1=': >"$FAKE_LOG.gone"; ' + end)
+    assert done.returncode == code
+    assert "lost its peers" not in done.stderr
 
 
 def test_a_straggler_is_killed_when_its_time_is_over(launchers):

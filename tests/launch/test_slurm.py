@@ -180,6 +180,12 @@ def test_a_bad_config_is_not_tried_again_though_its_peers_were_stopped(launchers
 
 def test_a_crash_is_tried_again_with_growing_waits_and_then_given_up(launchers):
     launchers.answer("srun", *["134 1,134"] * 9)
+    assert launchers.run("slurm_gpu.sbatch", "train", **IN_JOB).returncode == 1
+    assert story(launchers) == ["srun", "sleep 10", "srun", "sleep 20", "srun", "sleep 40", "srun"]
+
+
+def test_a_lost_peer_is_tried_again_with_growing_waits_and_not_for_ever(launchers):
+    launchers.answer("srun", *["134 134,134"] * 9)
     assert launchers.run("slurm_gpu.sbatch", "train", **IN_JOB).returncode == 134
     assert story(launchers) == ["srun", "sleep 10", "srun", "sleep 20", "srun", "sleep 40", "srun"]
 
@@ -192,18 +198,23 @@ def test_a_crash_that_mends_itself(launchers):
     assert not list(launchers.root.glob(".slurm-*"))
 
 
-def test_a_batch_shell_that_is_told_to_end_waits_for_its_tasks(launchers):
+@pytest.mark.parametrize(("ended_with", "code", "end_of_job"), [
+    (1, 1, []), (134, 75, ["scontrol requeue 77"])])
+def test_a_batch_shell_that_is_told_to_end_waits_for_its_tasks(launchers, ended_with, code,
+                                                               end_of_job):
+    """Where the tasks lost each other instead of saving, the job goes on from what was saved."""
     launchers.program("srun", '#!/usr/bin/env bash\necho up >"$FAKE_LOG.up"\n'
-                              'read -t 0.6 <>"$FAKE_LOG.fifo"\nexit 134\n')
+                              'read -t 0.6 <>"$FAKE_LOG.fifo"\n'
+                              f"exit {ended_with}\n")
     subprocess.run(["mkfifo", str(launchers.base / "log.fifo")], check=True)
     job = launchers.start("slurm_gpu.sbatch", "train", **IN_JOB)
-    end = time.monotonic() + 10
-    while not (launchers.base / "log.up").exists() and time.monotonic() < end:
+    until = time.monotonic() + 10
+    while not (launchers.base / "log.up").exists() and time.monotonic() < until:
         time.sleep(0.02)
     job.send_signal(signal.SIGTERM)
     job.communicate(timeout=20)
-    assert job.returncode == 134  # srun's own, not 143; and no second attempt
-    assert story(launchers) == []
+    assert job.returncode == code  # srun's own, not 143; and no second attempt
+    assert story(launchers) == end_of_job
 
 
 def test_a_task_notes_its_code_and_survives_the_signal_that_its_command_gets(launchers):

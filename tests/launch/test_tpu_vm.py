@@ -247,6 +247,20 @@ def test_failures_wait_longer_each_time_and_end(launchers):
     assert "failed 4 times in a row" in done.stderr
 
 
+def test_a_lost_worker_is_waited_for_longer_each_time_and_not_for_ever(launchers):
+    done = babysit(launchers, ["0 READY"] * 20, [RUNNING, *[ended(134, 134)] * 9],
+                   "--max_failures=2")
+    assert done.returncode == 134
+    assert story(launchers) == ["sleep 10", "clear", "start", "sleep 20", "clear", "start"]
+    assert "the run lost a worker, and can go on" in done.stderr
+
+
+def test_why_a_worker_died_is_what_the_end_says(launchers):
+    done = babysit(launchers, ["0 READY"] * 9, [RUNNING, ended(134, 137)] * 3, "--max_failures=1")
+    assert done.returncode == 137
+    assert "lost a worker" not in done.stderr
+
+
 def test_a_long_healthy_run_wipes_out_earlier_failures(launchers):
     done = babysit(launchers, ["0 READY"] * 60,
                    [RUNNING, *[ended(134), *[RUNNING] * 10] * 4, ended(0)], "--max_failures=1")
