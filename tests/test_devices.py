@@ -148,5 +148,6 @@ def test_deterministic_gpu_runs_need_the_flag_before_jax_starts(monkeypatch):
         check_deterministic(config)
     for _ in range(2):
         prepare_deterministic()
-    assert os.environ["XLA_FLAGS"] == "--xla_dump_disable_metadata=true --xla_gpu_deterministic_ops=true"
+    assert os.environ["XLA_FLAGS"].split() == [
+        "--xla_dump_disable_metadata=true", "--xla_gpu_deterministic_ops=true"]
     check_deterministic(config)
