@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
 
 from hippocampus import distributed
 from hippocampus.errors import (
@@ -64,6 +66,7 @@ def run_verb(main: Callable[[Sequence[str]], Any], arguments: Sequence[str] | No
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
+    warnings.showwarning = _show_warning
     try:
         main(arguments)
         distributed.finish()
@@ -86,6 +89,15 @@ def run_verb(main: Callable[[Sequence[str]], Any], arguments: Sequence[str] | No
             distributed.leave_failed(EXIT_BUG)
         raise
     sys.exit(EXIT_OK)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int,
+                  file: TextIO | None = None, line: str | None = None) -> None:
+    """One line; only a warning that is not ours says where it comes from."""
+    ours = category is UserWarning and Path(filename).is_relative_to(Path(__file__).parent)
+    text = f"warning: {message}\n" if ours else warnings.formatwarning(
+        message, category, filename, lineno, line)
+    (file or sys.stderr).write(text)
 
 
 def _end(error: HippocampusError, debug: bool) -> NoReturn:

@@ -1,6 +1,7 @@
 """Errors a user can act on: one line, one hint, the right exit code, nothing written."""
 
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import tiny_run
 
 import hippocampus.sample
 import hippocampus.train
+from hippocampus import verbs
 from hippocampus.errors import (
     CheckpointError,
     ConfigError,
@@ -225,3 +227,20 @@ def test_sample_process_of_a_missing_run_ends_with_66(tmp_path):
                          f"--workdir={tmp_path / 'none'}"])
     assert done.returncode == 66 and len(done.stderr.splitlines()) == 2, done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_own_warnings_are_one_line_and_others_say_where_they_come_from(monkeypatch, capsys):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    here = str(Path(verbs.__file__).parent / "generation" / "loading.py")
+
+    def main(arguments):
+        warnings.warn_explicit("step 3 is damaged", UserWarning, here, 1)
+        warnings.warn_explicit("old", DeprecationWarning, "elsewhere.py", 7)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        with pytest.raises(SystemExit):
+            run_verb(main, [])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "warning: step 3 is damaged"
+    assert "elsewhere.py:7: DeprecationWarning: old" in lines[1]
