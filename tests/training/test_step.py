@@ -105,7 +105,6 @@ def test_batch_without_a_counted_token_teaches_nothing_and_breaks_nothing():
     assert all(jax.tree.leaves(jax.tree.map(lambda a: np.isfinite(a).all(), new.params)))
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize(("name", "vocabulary"), [
     ("everything", 1), pytest.param("packed", 1, marks=pytest.mark.full),
     pytest.param("everything", 256, marks=pytest.mark.full)])
