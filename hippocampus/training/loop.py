@@ -287,8 +287,8 @@ def _step(run: Run, state: TrainState, step: int, batch: Batch, compiles: bool) 
         # A state that only skips is that of an earlier step.
         if better or last or run.stop.wanted or not run.in_a_row:
             _save(run, state, n, eval_loss)
-    if run.stop.wanted or ((saves or better) and run.stop.here()):
-        _stop(run, n)
+            if run.stop.wanted or run.stop.here():
+                _stop(run, n)
     return state
 
 
@@ -307,10 +307,13 @@ def _save(run: Run, state: TrainState, n: int, eval_loss: float | None) -> None:
 def _remember_unseen(run: Run, n: int, unseen: bool) -> None:
     """What a run that stops has not looked at yet, it will when it goes on."""
     if distributed.is_first():
-        if unseen:
-            write_atomically(run.folder.stopped, _json({"step": n}))
-        else:
+        try:
             run.folder.stopped.unlink(missing_ok=True)
+            if unseen:
+                write_atomically(run.folder.stopped, _json({"step": n}))
+        except OSError as error:  # the state matters more
+            run.console.say(f"warning: the evaluation of step {n} will be missing: "
+                            f"{error.strerror}")
 
 
 def _stop(run: Run, n: int) -> NoReturn:
@@ -336,7 +339,10 @@ def _go_back(run: Run, state: TrainState, n: int, rollbacks: Rollbacks) -> NoRet
     statistics = {**run.values, "parameters": statistics_of(state.params)}
     path = run.folder.bad_batches / f"step_{run.seen}.json"
     if distributed.is_first():
-        rollback.dump(path, run.source.batch(run.seen - 1), statistics)
+        try:
+            rollback.dump(path, run.source.batch(run.seen - 1), statistics)
+        except OSError as error:
+            run.console.say(f"warning: {path} could not be written: {error.strerror}")
     if len(rollbacks.records) >= run.config.guard.max_rollbacks:
         raise HippocampusError(
             f"training does not recover: {run.in_a_row} steps in a row up to step {run.seen} had "

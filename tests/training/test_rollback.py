@@ -1,17 +1,19 @@
 """Numbers that are not finite: skipped on the device, gone back from, and given up on at last."""
 
 import json
+import signal
 
 import numpy as np
 import pytest
 import tiny_run
 
 from hippocampus.data.batches import ShuffledWindows
-from hippocampus.errors import DataError, HippocampusError
+from hippocampus.errors import DataError, HippocampusError, Stopped
 from hippocampus.runs.run_folder import read_metrics
 from hippocampus.training import loop
 from hippocampus.training.loop import fit
 from hippocampus.training.rollback import Rollbacks, dump
+from hippocampus.training.signals import StopSignal
 
 RUN = {"train__steps": 16, "log__every_steps": 1, "checkpoint__every_steps": 2,
        "checkpoint__keep_latest": 3, "guard__patience": 3, "guard__max_rollbacks": 2,
@@ -127,6 +129,30 @@ def test_a_run_killed_after_going_back_reads_the_same_batches(tmp_path, poisoned
     fit(config, tmp_path / "killed")
     for name in ("train/loss", "train/grad_norm", "eval/loss"):
         assert rows_of(tmp_path / "killed", name) == rows_of(whole, name)
+
+
+class StopAt(StopSignal):
+    """A signal that is noticed at one of the places where a run could stop."""
+
+    def __init__(self, call: int):
+        super().__init__()
+        self._at = call
+
+    def here(self):
+        super().here()
+        if self._calls >= self._at:
+            self._wanted = signal.SIGTERM
+        return self._wanted
+
+
+def test_signal_where_a_save_was_left_out_waits_for_a_step_that_is_saved(tmp_path, poisoned):
+    poisoned(5)  # step 6, where a save was due: calls 1, 2, 3 (saved), 4, 5, 6 (saved), 7, 8
+    with StopAt(9) as stop, pytest.raises(Stopped, match="at step 7: everything is saved"):
+        fit(tiny_run.config(**RUN), tmp_path / "run", stop=stop)
+    assert (tmp_path / "run" / "steps" / "7").is_dir()
+    assert not (tmp_path / "run" / "steps" / "6").exists()
+    fit(tiny_run.config(**RUN), tmp_path / "run")
+    assert set(rows_of(tmp_path / "run", "train/loss")) == set(range(1, 17))
 
 
 # ---------------------------------------------------------------- which batch a step reads
