@@ -8,6 +8,7 @@ import typing
 from pathlib import Path
 
 import pytest
+from config_schema import schema
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,25 +21,13 @@ from hippocampus.config_files import (
     fields,
     from_dict,
     load_config,
-    parse_value,
     read_json,
     to_json,
 )
+from hippocampus.config_values import parse_value
 from hippocampus.errors import ConfigError, DataError
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
-
-
-def schema(cls: type = Config, prefix: str = "") -> dict[str, tuple]:
-    """Dotted name -> (type, limits) of every leaf field."""
-    leaves = {}
-    for field in dataclasses.fields(cls):
-        kind = typing.get_type_hints(cls)[field.name]
-        if dataclasses.is_dataclass(kind):
-            leaves.update(schema(kind, f"{prefix}{field.name}."))
-        else:
-            leaves[prefix + field.name] = (kind, field.metadata)
-    return leaves
 
 
 SCHEMA = schema()

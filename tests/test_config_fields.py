@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
+from config_schema import schema
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_dict
@@ -26,19 +27,6 @@ from hippocampus.errors import ConfigError, DataError
 from hippocampus.evaluation.report import Windows
 from hippocampus.models.build_model import build_model, parameter_shapes
 from hippocampus.training.optimizer import build_optimizer, learning_rate_schedule
-
-
-def schema(cls: type = Config, prefix: str = "") -> dict[str, tuple]:
-    """Dotted name -> (type, limits) of every leaf field."""
-    leaves = {}
-    for field in dataclasses.fields(cls):
-        kind = typing.get_type_hints(cls)[field.name]
-        if dataclasses.is_dataclass(kind):
-            leaves.update(schema(kind, f"{prefix}{field.name}."))
-        else:
-            leaves[prefix + field.name] = (kind, field.metadata)
-    return leaves
-
 
 SCHEMA = schema()
 PATTERNS = ("(", "[", "a{99999999999999999999}", "(" * 3000, "(?P<a>x)(?P<a>y)")

@@ -52,18 +52,12 @@ def finish(workdir: Path, n: int, n_devices: int, **changes) -> list[str]:
 
 
 @pytest.mark.full
-def test_two_processes_of_two_devices_one_of_them_killed_end_as_if_never_killed(tmp_path):
-    kill_one(tmp_path / "run", 2)
-    kill_one(tmp_path / "run", 2)
-    finish(tmp_path / "run", 2, 2)
-    tiny_run.assert_same_run(tmp_path / "run", never_killed())
-
-
-@pytest.mark.full
-def test_killed_run_goes_on_over_other_numbers_of_processes_with_the_same_bits(tmp_path):
-    kill_one(tmp_path / "run", 1)
-    kill_one(tmp_path / "run", 2)
-    finish(tmp_path / "run", 4, 1)
+@pytest.mark.parametrize(("killed", "last"), [((2, 2), 2), ((1, 2), 4)])
+def test_run_of_which_one_process_is_killed_ends_as_if_never_killed(tmp_path, killed, last):
+    # Four devices over these numbers of processes, one start after the other.
+    for n in killed:
+        kill_one(tmp_path / "run", n)
+    finish(tmp_path / "run", last, 4 // last)
     tiny_run.assert_same_run(tmp_path / "run", never_killed())
 
 
