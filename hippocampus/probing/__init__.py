@@ -1,0 +1,1 @@
+"""What each memory does: interventions, mechanism views, ablations, the report."""
