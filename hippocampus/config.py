@@ -83,8 +83,9 @@ class OptimizerConfig:
 class SSMConfig:
     """The state-space path (hippocampus.layers.modern_ssm)."""
 
-    kind: str = _setting("gated", "gated: input-dependent decay; diagonal: plain A, B, C, D",
-                         choices=("gated", "diagonal"))
+    kind: str = _setting("gated", "gated: input-dependent decay; diagonal: plain A, B, C, D; "
+                         "gru: a gated recurrent unit instead (hippocampus.layers.gru)",
+                         choices=("gated", "diagonal", "gru"))
     expansion: float = _setting(1.5, "inner width E / d_model", above=0, high=16)
     d_conv: int = _count(4, "taps of the causal convolution; 1 = none", high=256)
     d_state: int = _count(4, "state size N per channel (diagonal kind; gated has 1)", high=1024)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 _CAST = frozenset({"kernel", "bias", "embedding", "position_embedding", "head", "head_down",
-                   "conv_kernel", "conv_bias", "time_kernel"})
+                   "conv_kernel", "conv_bias", "time_kernel", "recurrent_kernel"})
 """Names of what is cast to the compute dtype in every use."""
 _FLOAT32 = frozenset({("mixer", "gate"), ("controller", "out"), ("flow", "out")})
 """Layers that compute in float32 whatever the compute dtype is."""

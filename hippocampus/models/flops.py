@@ -43,8 +43,11 @@ def _block(model: HybridConfig, spec: BlockSpec, context: int) -> float:
     total += 2.0 * matrices * D * mlp_width(model.mlp, D)
     if "ssm" in spec.paths:
         E = model.ssm.expansion * D
-        total += 2 * 3 * D * E + 2 * model.ssm.d_conv * E
-        total += 4 * E * E / model.n_heads if model.ssm.kind == "gated" else 0
+        if model.ssm.kind == "gru":
+            total += 2 * 4 * D * E + 2 * 3 * E * E
+        else:
+            total += 2 * 3 * D * E + 2 * model.ssm.d_conv * E
+            total += 4 * E * E / model.n_heads if model.ssm.kind == "gated" else 0
     if "hopfield" in spec.paths:
         patterns = (seen if model.hopfield.patterns != "slots" else 0) + (
             model.hopfield.n_slots if model.hopfield.patterns != "context" else 0)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from hippocampus.config import PATHS, HybridConfig, depth, layer_paths
 from hippocampus.layers.edits import Edit, no_edit, scoped
 from hippocampus.layers.gated_mixer import GatedMixer
+from hippocampus.layers.gru import GRU
 from hippocampus.layers.mlp import MLP
 from hippocampus.layers.modern_ssm import ModernSSM
 from hippocampus.layers.mor_hopfield import MoRHopfield
@@ -134,6 +135,8 @@ class HybridBlock(nn.Module):
         cfg: HybridConfig = self.config
         common: dict[str, Any] = {"dtype": self.dtype, "edit": scoped(self.edit, f"{path}."),
                                   **parent}
+        if path == "ssm" and cfg.ssm.kind == "gru":
+            return GRU(cfg.ssm, name=path, **common)
         if path == "ssm":
             return ModernSSM(cfg.ssm, cfg.n_heads, name=path, **common)
         if path == "hopfield":

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from hippocampus.config import AttentionConfig, HopfieldConfig, SSMConfig
+from hippocampus.layers.gru import GRU
 from hippocampus.layers.modern_ssm import ModernSSM
 from hippocampus.layers.mor_hopfield import MoRHopfield
 from hippocampus.layers.self_attention import SelfAttention
@@ -40,6 +41,7 @@ LAYERS = {
     "ssm associative, no convolution": ssm(backend="associative", d_conv=1),
     "ssm, convolution longer than a chunk": ssm(d_conv=8),
     "ssm diagonal, input scale": ssm(kind="diagonal", input_scale=True),
+    "gru": GRU(SSMConfig(kind="gru")),
     "hopfield context": hopfield(1),
     "hopfield context, K=3, rope": hopfield(3, rope=True),
     "hopfield context, K=2, rms, half steps": hopfield(2, normalize="rms", step_size=0.5),
@@ -51,7 +53,7 @@ LAYERS = {
     "attention, two groups, window, no norm": attention(n_kv_heads=2, window=3, qk_norm=False),
     "attention without positions": attention(theta=0.0, window=20),
 }
-ONE_OF_A_KIND = ("ssm", "ssm diagonal, input scale", "hopfield context, K=3, rope",
+ONE_OF_A_KIND = ("ssm", "ssm diagonal, input scale", "gru", "hopfield context, K=3, rope",
                  "hopfield both, K=3, small steps", "attention, two groups, window, no norm")
 HALF = {
     "ssm": ModernSSM(SSMConfig(backend="chunked"), H, dtype=jnp.bfloat16),

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from hippocampus.config import AttentionConfig, HopfieldConfig, SSMConfig
+from hippocampus.layers.gru import GRU
 from hippocampus.layers.modern_ssm import DECAY_RANGE, BlockDiagonal, ModernSSM
 from hippocampus.layers.mor_hopfield import MoRHopfield, inverse_temperature
 from hippocampus.layers.self_attention import SelfAttention
@@ -48,6 +50,7 @@ LAYERS = {
     "ssm associative, no convolution": ssm(backend="associative", d_conv=1),
     "ssm diagonal": ssm(kind="diagonal"),
     "ssm diagonal, input scale": ssm(kind="diagonal", input_scale=True, backend="associative"),
+    "gru": GRU(SSMConfig(kind="gru")),
     "hopfield context": hopfield(1),
     "hopfield context, K=3, rope": hopfield(3, rope=True),
     "hopfield context, K=2, rms": hopfield(2, normalize="rms", step_size=0.5),
@@ -174,9 +177,9 @@ def test_time_constants_of_the_diagonal_kind_spread_over_one_to_a_thousand_token
     assert 1 <= tokens.min() < 1.5 and 700 < tokens.max() <= 1000 * (1 + 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["gated", "diagonal"])
+@pytest.mark.parametrize("kind", ["gated", "diagonal", "gru"])
 def test_decay_and_state_are_float32_in_half_precision_too(kind):
-    layer = ssm(kind=kind).clone(dtype=jnp.bfloat16)
+    layer = (LAYERS["gru"] if kind == "gru" else ssm(kind=kind)).clone(dtype=jnp.bfloat16)
     params = parameters(layer)
     y, out = jax.eval_shape(layer.apply, {"params": params}, U.astype(jnp.bfloat16), None,
                             POSITIONS)
@@ -204,6 +207,24 @@ def test_the_gated_state_is_the_recurrence_of_the_docstring():
         h[:, t] = (a[:, t] * h[:, t - 1] if t else 0) + (
             size * out["gate_in"][:, t] * params["input_scale"] * c[:, t])
     assert_close(out["state"], h, n_operations=T * D)
+
+
+def test_the_gru_is_the_recurrence_of_flaxs_own_cell():
+    layer, E = LAYERS["gru"], 24
+    params = parameters(layer)
+    _, out = run(layer)(U, ONE, POSITIONS)
+    names = ("r", "z", "n")
+    inputs = np.split(np.asarray(params["in"]["kernel"]), 3, axis=1)
+    biases = np.split(np.asarray(params["in"]["bias"]), 3)
+    states = np.split(np.asarray(params["recurrent_kernel"]), 3, axis=1)
+    cell = {f"i{n}": {"kernel": w, "bias": b}
+            for n, w, b in zip(names, inputs, biases, strict=True)}
+    cell |= {f"h{n}": {"kernel": w} for n, w in zip(names, states, strict=True)}
+    cell["hn"]["bias"] = params["recurrent_bias"]
+    h = jnp.zeros((B, E))
+    for t in range(T):
+        h, _ = nn.GRUCell(E).apply({"params": cell}, h, U[:, t])
+        assert_close(out["state"][:, t], h, n_operations=T * E)
 
 
 def test_the_input_scale_starts_neutral():

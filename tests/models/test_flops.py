@@ -34,8 +34,19 @@ def test_a_second_pass_doubles_the_layers(tiny_config):
     assert stopped == pytest.approx((once - head) * 4 / 3 + head + controller)
 
 
+def test_a_gru_is_what_one_counts_by_hand(tiny_config):
+    """The compiler counts the body of its loop once, whatever the length."""
+    config = tiny_config({"model.paths": ("ssm",), "model.segments.train": 1,
+                          "model.ssm.kind": "gru", "model.mlp.width": 48})
+    D, E, L, padded, mixer = 16, 24, 2, 128, 8
+    gru = D * 3 * E + E * 3 * E + E * D
+    forward = 2 * (L * (gru + 3 * D * 48 + D * mixer + mixer) + padded * D)
+    assert training_flops_per_token(config) == 3 * forward
+
+
 @pytest.mark.parametrize("overrides", [
-    {"model.paths": ("ssm",)}, {"model.paths": ("hopfield",), "model.hopfield.patterns": "both"},
+    {"model.paths": ("ssm",)},
+    {"model.paths": ("hopfield",), "model.hopfield.patterns": "both"},
     {"model.paths": ("attention",), "model.attention.n_kv_heads": 1},
     {"model.segments.train": 2, "model.segments.feedback": True}])
 def test_the_count_is_near_the_compilers(overrides, tiny_config):
