@@ -213,8 +213,11 @@ WHOLE = {
     r"(ssm/log_decay|ssm/input_scale)$": "a vector in the gated kind",
 }
 
+OF_KIND = {"gated": ("conv_kernel", "gates/kernel"), "diagonal": ("conv_kernel", "log_decay"),
+           "gru": ("recurrent_kernel",)}
 
-@pytest.mark.parametrize("kind", ["gated", "diagonal", "gru"])
+
+@pytest.mark.parametrize("kind", OF_KIND)
 def test_every_parameter_but_vectors_is_spread_over_fsdp_and_tensor(monkeypatch, kind):
     monkeypatch.setattr("hippocampus.training.sharding.NamedSharding", lambda mesh, spec: spec)
     config, _ = resolve(tiny_run.config(
@@ -232,12 +235,11 @@ def test_every_parameter_but_vectors_is_spread_over_fsdp_and_tensor(monkeypatch,
                 ((part,) if isinstance(part, str) else part)}
         (spread if axes else whole)[path_name(path)] = (leaf, axes)
     for name in ("embedding", "head", "embedding_up/kernel", "head_down", "position_embedding",
-                 "layers_0/ssm/conv_kernel", "layers_0/hopfield/slots",
+                 "layers_0/ssm/in/kernel", "layers_0/hopfield/slots",
                  "layers_0/mixer/hidden/kernel",
                  "reasoner/controller/hidden/kernel", "reasoner/feedback/kernel",
                  "flow/hidden/kernel", "flow/out/kernel", "layers_0/mlp/up/kernel",
-                 {"gated": "layers_0/ssm/gates/kernel", "diagonal": "layers_0/ssm/log_decay",
-                  "gru": "layers_0/ssm/recurrent_kernel"}[kind]):
+                 *("layers_0/ssm/" + name for name in OF_KIND[kind])):
         assert name in spread, name
     for name, (leaf, _) in whole.items():
         assert any(re.search(pattern, name) for pattern in WHOLE), name
