@@ -15,7 +15,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from hippocampus.config import MixerConfig
 from hippocampus.layers.edits import Edit, no_edit
@@ -38,7 +38,8 @@ class GatedMixer(nn.Module):
         self, u_BTD: Float[Array, "B T D"], paths: dict[str, Float[Array, "B T D"]],
         control_BTP: Float[Array, "B T P"] | None = None,
         path_mask_P: Float[Array, " P"] | None = None,
-        gate_override_P: Float[Array, " P"] | None = None, *, train: bool = False,
+        gate_override_P: Float[Array, " P"] | None = None,
+        sum_to_one: Bool[Array, ""] | bool | None = None, *, train: bool = False,
     ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
         """Mixes.
 
@@ -46,8 +47,9 @@ class GatedMixer(nn.Module):
           u_BTD: normalised input of the block.
           paths: output of each path, by name; the order is that of `first_shares`.
           control_BTP: added to the gates' logits (the controller's bias).
-          path_mask_P: 1 keeps a path, 0 removes it; the gates of the others are renormalised.
+          path_mask_P: 1 keeps a path, 0 removes it.
           gate_override_P: a gate to use instead; negative = leave the learned one.
+          sum_to_one: whether the gates of the paths that are kept are renormalised; None = yes.
           train: draw path dropout (random stream "dropout").
 
         Returns:
@@ -64,7 +66,9 @@ class GatedMixer(nn.Module):
         if train and P > 1 and self.config.path_dropout:
             gates_BTP = renormalize(gates_BTP, self._dropout_mask(gates_BTP))
         if path_mask_P is not None:
-            gates_BTP = renormalize(gates_BTP, path_mask_P)
+            kept_BTP = renormalize(gates_BTP, path_mask_P)
+            gates_BTP = kept_BTP if sum_to_one is None else jnp.where(
+                sum_to_one, kept_BTP, gates_BTP * path_mask_P)
         if gate_override_P is not None:
             gates_BTP = jnp.where(gate_override_P >= 0, gate_override_P, gates_BTP)
         gates_BTP = self.edit("gates", gates_BTP)

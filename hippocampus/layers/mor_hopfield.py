@@ -16,6 +16,7 @@ chosen per token.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -56,7 +57,7 @@ class MoRHopfield(TemporalLayer):
 
     def __call__(
         self, u_BTD: Float[Array, "B T D"], document_ids_BT: Int[Array, "B T"] | None,
-        positions_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"], stop_after: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
         """Retrieves for every token of a sequence.
 
@@ -64,6 +65,8 @@ class MoRHopfield(TemporalLayer):
           u_BTD: normalised inputs.
           document_ids_BT: document of each token; None = one a row.
           positions_BT: position of each token in its document (used with `rope`).
+          stop_after: k steps are made instead of K: depth j < K reads xi^min(j, k) and depth K
+            reads xi^k. 0 = K, with the same bits as None. `out` keeps to the K steps.
 
         Returns:
           y_BTD, and `out`: "query", "key" and "step1".."stepK" (B,T,H,d), "depth_gates" (B,T,K),
@@ -71,7 +74,8 @@ class MoRHopfield(TemporalLayer):
           "n_patterns" (B,T,H: how many patterns the last step mixed, and could), "regime"
           (B,T,H: 0 single, 1 metastable, 2 global), "beta" (H), and "out".
         """
-        y_BTD, out, _ = self._run(u_BTD, positions_BT, document_ids_BT=document_ids_BT)
+        y_BTD, out, _ = self._run(u_BTD, positions_BT, document_ids_BT=document_ids_BT,
+                                  stop_after=stop_after)
         return y_BTD, out
 
     def init_cache(self, batch: int, max_length: int, d_model: int) -> HopfieldCache:
@@ -90,7 +94,8 @@ class MoRHopfield(TemporalLayer):
 
     @nn.compact
     def _run(self, u_BTD: Array, positions_BT: Array, *, document_ids_BT: Array | None = None,
-             cache: Any = None, valid_BT: Any = None) -> tuple[Array, dict[str, Array], Any]:
+             cache: Any = None, valid_BT: Any = None, stop_after: Array | None = None,
+             ) -> tuple[Array, dict[str, Array], Any]:
         (B, T, D), H, cfg = u_BTD.shape, self.n_heads, self.config
         d = D // H
         unit = cfg.normalize == "l2"
@@ -137,7 +142,8 @@ class MoRHopfield(TemporalLayer):
                              name="depth_gate")(u_BTD)
         gates_BTK = self.edit("depth_gates", jax.nn.softmax(gates_BTK.astype(jnp.float32), -1))
         out["depth_gates"] = gates_BTK
-        mixed = sum(gates_BTK[..., j, None, None] * states[j].astype(jnp.float32)
+        read = states if stop_after is None else _stopped(states, retrieve, stop_after)
+        mixed = sum(gates_BTK[..., j, None, None] * read[j].astype(jnp.float32)
                     for j in range(self.depth))
         y_BTD = nn.Dense(D, use_bias=False, dtype=self.dtype, name="out")(
             jnp.reshape(mixed, (B, T, D)).astype(self.dtype))
@@ -156,6 +162,22 @@ class MoRHopfield(TemporalLayer):
         return {"energy": jnp.stack([hopfield.energy(xi, *memory) for xi in states]),
                 "effective_patterns": effective, "n_patterns": n_patterns,
                 "regime": hopfield.regime(effective, n_patterns)}
+
+
+def _stopped(states: list[Array], retrieve: Callable[[Array], Array],
+             stop_after: Array) -> list[Array]:
+    """What each depth reads of a retrieval of k steps, given the K states of the trained one."""
+    K = len(states)
+
+    def stopped() -> list[Array]:
+        read = states[:1]
+        for j, xi in enumerate(states[1:], start=2):
+            read.append(jnp.where(j <= stop_after, xi, read[-1]))
+        further = jax.lax.fori_loop(0, jnp.maximum(stop_after - K, 0), lambda _, xi: retrieve(xi),
+                                    read[-1])
+        return [*read[:-1], further]
+
+    return jax.lax.cond(stop_after > 0, stopped, lambda: states)
 
 
 def inverse_temperature(log_beta_H: Float[Array, " H"]) -> Float[Array, " H"]:

@@ -22,6 +22,7 @@ from hippocampus.layers.modern_ssm import ModernSSM
 from hippocampus.layers.mor_hopfield import MoRHopfield
 from hippocampus.layers.norms import RMSNorm
 from hippocampus.layers.self_attention import SelfAttention
+from hippocampus.models.interventions import NEUTRAL_LAYER, LayerInterventions
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,7 @@ class HybridBlock(nn.Module):
     def __call__(
         self, x_BTD: Float[Array, "B T D"], document_ids_BT: Int[Array, "B T"] | None,
         positions_BT: Int[Array, "B T"], control_BTP: Float[Array, "B T P"] | None = None,
-        path_mask_P: Float[Array, " P"] | None = None,
-        gate_override_P: Float[Array, " P"] | None = None, *, train: bool = False,
+        changes: LayerInterventions = NEUTRAL_LAYER, *, train: bool = False,
     ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
         """Runs the block.
 
@@ -67,8 +67,9 @@ class HybridBlock(nn.Module):
           x_BTD: residual stream.
           document_ids_BT: document of each token; None = one a row.
           positions_BT: position of each token in its document.
-          control_BTP, path_mask_P, gate_override_P: see GatedMixer; P counts all of `PATHS`, and
-            entries of paths that this layer does not have are ignored.
+          control_BTP: added to the gates' logits; P counts all of `PATHS`, and entries of paths
+            that this layer does not have are ignored.
+          changes: what a probe changes; P as above.
           train: dropout and path dropout on (random stream "dropout").
 
         Returns:
@@ -76,9 +77,11 @@ class HybridBlock(nn.Module):
           "mlp.out" and "residual".
         """
         def read(path: str, u_BTD: Array) -> tuple[Array, dict[str, Array]]:
-            return self._path(path)(u_BTD, document_ids_BT, positions_BT)
+            stop = {} if path != "hopfield" else {"stop_after": changes.depth}
+            y_BTD, out = self._path(path)(u_BTD, document_ids_BT, positions_BT, **stop)
+            return changes.move(PATHS.index(path), y_BTD), out
 
-        return self._run(x_BTD, read, control_BTP, path_mask_P, gate_override_P, train)
+        return self._run(x_BTD, read, control_BTP, changes, train)
 
     def init_cache(self, batch: int, max_length: int) -> dict[str, Any]:
         """The cache of every path by its name; `max_length` as for `SelfAttention`."""
@@ -102,9 +105,8 @@ class HybridBlock(nn.Module):
 
     @nn.compact
     def _run(self, x_BTD: Array, read: Callable[[str, Array], tuple[Array, dict[str, Array]]],
-             control_BTP: Array | None, path_mask_P: Array | None = None,
-             gate_override_P: Array | None = None, train: bool = False,
-             ) -> tuple[Array, dict[str, Array]]:
+             control_BTP: Array | None, changes: LayerInterventions = NEUTRAL_LAYER,
+             train: bool = False) -> tuple[Array, dict[str, Array]]:
         cfg, edit = self.config, self.edit
         out: dict[str, Array] = {}
         u_BTD = RMSNorm(cfg.norm_epsilon, self.dtype, name="norm_paths")(x_BTD)
@@ -116,12 +118,13 @@ class HybridBlock(nn.Module):
         present = jnp.asarray([PATHS.index(path) for path in self.spec.paths])
         control_BTP, path_mask_P, gate_override_P = (
             None if array is None else array[..., present]
-            for array in (control_BTP, path_mask_P, gate_override_P))
+            for array in (control_BTP, changes.path_mask_P, changes.gate_override_P))
         mixed_BTD, part = GatedMixer(
             cfg.mixer, self.spec.first_shares, epsilon=cfg.norm_epsilon,
             scale_init=(2 * cfg.n_layers) ** -0.5, dtype=self.dtype,
             edit=scoped(edit, "mixer."), name="mixer",
-        )(u_BTD, branches, control_BTP, path_mask_P, gate_override_P, train=train)
+        )(u_BTD, branches, control_BTP, path_mask_P, gate_override_P, changes.renormalize,
+          train=train)
         out.update({f"mixer.{name}": value for name, value in part.items()})
 
         dropout = nn.Dropout(cfg.dropout, deterministic=not train)

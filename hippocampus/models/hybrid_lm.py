@@ -124,16 +124,18 @@ class HybridLM(nn.Module):
             x_BTD = x_BTD + embed(self.position_TD, positions_BT).astype(self.dtype)
         x_BTD = self.edit("embedding", x_BTD)
 
-        passes, chosen = cfg.segments.train, None
-        if interventions.segments is not None and not train:
-            passes, chosen = max(cfg.segments.eval, passes), interventions.segments
+        if train:
+            interventions = interventions.replace(segments=None)
+        passes, chosen = cfg.segments.train, interventions.segments
+        if chosen is not None:
+            passes = max(cfg.segments.eval, passes)
 
         def stack(x: Array, control_LBTP: Array | None, edit: Edit, r: int) -> tuple[Array, dict]:
             return self._run_stack(x, control_LBTP, batch.document_ids_BT, positions_BT,
                                    interventions, edit, train,
                                    None if key is None else jax.random.fold_in(key, r))
 
-        states, out = self.reasoner(stack, x_BTD, passes)
+        states, out = self.reasoner(stack, x_BTD, passes, interventions, batch.loss_weight_BT)
         out["embedding"] = x_BTD
         out["segments.hidden"] = jnp.stack([self.norm_out(h) for h in states])
         if chosen is None or len(states) == 1:
@@ -290,20 +292,18 @@ class HybridLM(nn.Module):
         def apply_layer(spec: BlockSpec, params: Any, x: Array, layer: dict,
                         edit: Edit = no_edit) -> tuple[Array, dict[str, Array]]:
             block = HybridBlock(cfg, spec, self.dtype, edit, parent=None)
-            rngs = {"dropout": layer["key"]} if "key" in layer else {}
+            rngs = {} if layer["key"] is None else {"dropout": layer["key"]}
             result: Any = block.apply(
-                {"params": params}, x, document_ids_BT, positions_BT, layer.get("control"),
-                layer.get("mask"), layer.get("override"), train=train, rngs=rngs)
+                {"params": params}, x, document_ids_BT, positions_BT, layer["control"],
+                interventions.shared(layer["changes"]), train=train, rngs=rngs)
             return result
 
-        arrays = {"control": control_LBTP, "mask": interventions.path_mask_LP,
-                  "override": interventions.gate_override_LP,
-                  "key": None if key is None else jax.random.split(key, cfg.n_layers)}
-        per_layer = {name: array for name, array in arrays.items() if array is not None}
+        per_layer = {"control": control_LBTP, "changes": interventions.of_layers(),
+                     "key": None if key is None else jax.random.split(key, cfg.n_layers)}
         if edited:  # a callable edit knows layers by name, so they run one by one
             out: dict[str, Array] = {}
             for i, spec in enumerate(self.specs):
-                own = {name: array[i] for name, array in per_layer.items()}
+                own = jax.tree.map(lambda array, i=i: array[i], per_layer)
                 x_BTD, part = apply_layer(spec, self.layer_params[i], x_BTD, own,
                                           scoped(edit, f"layers.{i}."))
                 out.update({f"layers.{i}.{name}": value for name, value in part.items()})

@@ -20,6 +20,7 @@ from hippocampus.config import PATHS, HybridConfig
 from hippocampus.layers.edits import Edit, no_edit
 from hippocampus.layers.h_controller import HController
 from hippocampus.layers.norms import RMSNorm
+from hippocampus.models.interventions import NEUTRAL, Interventions, change_controller
 
 Stack = Callable[[Array, Array | None, Edit, int], tuple[Array, dict[str, Array]]]
 """(x_BTD, control_LBTP or None, edit, pass) -> (h_BTD, out)."""
@@ -33,8 +34,10 @@ class SegmentReasoner(nn.Module):
     edit: Edit = no_edit
 
     @nn.compact
-    def __call__(self, stack: Stack, x_BTD: Float[Array, "B T D"],
-                 passes: int) -> tuple[list[Float[Array, "B T D"]], dict[str, Array]]:
+    def __call__(
+        self, stack: Stack, x_BTD: Float[Array, "B T D"], passes: int,
+        interventions: Interventions = NEUTRAL, weight_BT: Float[Array, "B T"] | None = None,
+    ) -> tuple[list[Float[Array, "B T D"]], dict[str, Array]]:
         """Runs the passes.
 
         Args:
@@ -42,13 +45,17 @@ class SegmentReasoner(nn.Module):
           x_BTD: embeddings.
           passes: R; a model that was trained with one pass has no controller, and every further
             pass would repeat the first.
+          interventions: what a probe changes of the controller. Where it chooses a pass, those
+            beyond the trained number run only if the choice needs them, and give nothing but
+            their "segments.<r>.hidden" (of a pass that did not run, the last that did).
+          weight_BT: how much each token counts for `interventions.controller`; None = all alike.
 
         Returns:
           h_BTD of every pass, and `out`: the last pass's names as they are ("layers.0.ssm.out",
           "controller.bias"), earlier ones under "segments.<r>." (r from 0), and
           "segments.<r>.hidden" for all.
         """
-        cfg = self.config
+        cfg, chosen = self.config, interventions.segments
         if cfg.segments.train > 1:
             controller = HController(cfg.n_layers, len(PATHS), cfg.segments.controller_width,
                                      cfg.norm_epsilon, self.dtype, name="controller")
@@ -58,8 +65,11 @@ class SegmentReasoner(nn.Module):
                                     kernel_init=nn.initializers.zeros, name="feedback")
         else:
             passes = 1
+        if weight_BT is None:
+            weight_BT = jnp.ones(x_BTD.shape[:2])
         hidden: list[Array] = []
         out: dict[str, Array] = {}
+        last = passes - 1 if chosen is None else cfg.segments.train - 1
         for r in range(passes):
             edit = self._edit_of_pass(r)
             control_LBTP, start_BTD, part = None, x_BTD, {}
@@ -67,14 +77,20 @@ class SegmentReasoner(nn.Module):
                 read = hidden[-1]
                 if cfg.segments.gradient == "stop":
                     read = jax.lax.stop_gradient(read)
-                part["controller.bias"] = control_LBTP = edit("controller.bias", controller(read))
+                bias_LBTP = change_controller(controller(read), interventions, weight_BT)
+                part["controller.bias"] = control_LBTP = edit("controller.bias", bias_LBTP)
                 if cfg.segments.feedback:
                     start_BTD = x_BTD + feedback(norm(read))
-            h_BTD, layers_out = stack(start_BTD, control_LBTP, edit, r)
-            part.update(layers_out)
-            out[f"segments.{r}.hidden"] = h_BTD = edit("hidden", h_BTD)
+            if r <= last:
+                h_BTD, layers_out = stack(start_BTD, control_LBTP, edit, r)
+                part.update(layers_out)
+                h_BTD = edit("hidden", h_BTD)
+            else:
+                h_BTD = _if(jnp.asarray(chosen) > r, stack, start_BTD, control_LBTP, edit, r,
+                            hidden[-1])
+            out[f"segments.{r}.hidden"] = h_BTD
             hidden.append(h_BTD)
-            prefix = "" if r == passes - 1 else f"segments.{r}."
+            prefix = "" if r == last else f"segments.{r}."
             out.update({prefix + name: value for name, value in part.items()})
         return hidden, out
 
@@ -83,3 +99,10 @@ class SegmentReasoner(nn.Module):
         if self.edit is no_edit:
             return no_edit
         return lambda name, value: self.edit(f"segments.{r}.{name}", self.edit(name, value))
+
+
+def _if(needed: Array, stack: Stack, x_BTD: Array, control_LBTP: Array | None, edit: Edit, r: int,
+        before_BTD: Array) -> Array:
+    """The states of a pass, or those before it: a conditional, so that they cost nothing."""
+    return jax.lax.cond(
+        needed, lambda: edit("hidden", stack(x_BTD, control_LBTP, edit, r)[0]), lambda: before_BTD)

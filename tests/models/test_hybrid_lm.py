@@ -11,7 +11,6 @@ from hippocampus.config import PATHS
 from hippocampus.data.batches import Batch
 from hippocampus.models.build_model import build_model, count_parameters, parameter_shapes
 from hippocampus.models.hybrid_lm import noisy
-from hippocampus.models.interventions import Interventions
 from hippocampus.testing import (
     assert_close,
     check_batch_invariance,
@@ -80,11 +79,11 @@ def batch_of(tokens, ids=None, positions=None):
 
 @functools.cache
 def forward(model):
-    """(params, tokens, ids, positions, interventions) -> (states of the passes B,T,R,D; logits)."""
+    """(params, tokens, ids, positions) -> (states of the passes B,T,R,D; logits)."""
     @jax.jit
-    def run(params, tokens, ids=None, positions=None, interventions=Interventions()):  # noqa: B008
+    def run(params, tokens, ids=None, positions=None):
         hidden, out, _ = model.apply({"params": params}, batch_of(tokens, ids, positions),
-                                     interventions=interventions, method="forward")
+                                     method="forward")
         result = {"passes": jnp.moveaxis(out["segments.hidden"], 0, 2),
                   "logits": model.head(params).logits(hidden)[..., :V]}
         if "flow.skip_hidden" in out:
@@ -274,26 +273,6 @@ def test_later_passes_differ_once_the_controller_speaks(built):
     assert np.abs(passes[:, :, 1] - passes[:, :, 0]).max() > 1e-3
 
 
-def test_any_number_of_passes_can_be_chosen_and_compiles_once(built):
-    small = {"model.paths": ("ssm", "attention"), "model.n_layers": 1}
-    model, params = built(small)
-    states = {r: forward(built({**small, "model.segments.train": r})[0])(
-        {k: v for k, v in params.items() if r > 1 or k != "reasoner"}, TOKENS) for r in (1, 2, 3)}
-    traces = []
-
-    @jax.jit
-    def run(segments):
-        traces.append(0)
-        hidden, _, _ = model.apply({"params": params}, batch_of(TOKENS), method="forward",
-                                   interventions=Interventions(segments=segments))
-        return hidden
-
-    for r, result in states.items():
-        assert_close(run(jnp.asarray(r)), result["passes"][:, :, -1], n_operations=T * D)
-    assert len(traces) == 1
-    assert differs(run(jnp.asarray(2)), run(jnp.asarray(3)))
-
-
 def test_stop_lets_no_gradient_into_the_first_pass(built):
     """A loss of the last pass only: through the controller, or not at all."""
     def gradients(mode):
@@ -329,60 +308,7 @@ def test_stop_lets_no_gradient_into_the_first_pass(built):
                   - full["layers_0"]["mlp"]["up"]["kernel"]).max() > 1e-4
 
 
-# ---------------------------------------------------------------- interventions
-
-L, P = 2, len(PATHS)
-NEUTRAL_ARRAYS = Interventions(jnp.ones((L, P)), -jnp.ones((L, P)), jnp.asarray(2))
-
-
-@pytest.mark.parametrize("scan", [False, True])
-def test_arrays_that_change_nothing_give_the_bits_of_the_plain_run(scan, built):
-    model, params = built({"model.scan_layers": scan, "model.segments.eval": 2,
-                           "model.paths": ("hopfield", "attention")})
-    plain = forward(model)(params, TOKENS)
-    neutral = forward(model)(params, TOKENS, interventions=NEUTRAL_ARRAYS)
-    np.testing.assert_array_equal(plain["logits"], neutral["logits"])
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_a_masked_path_is_gone(path, built):
-    model, params = built()
-    mask = jnp.ones((L, P)).at[1, PATHS.index(path)].set(0)
-    run = functools.partial(forward(model), interventions=Interventions(path_mask_LP=mask))
-
-    def shaken(layer):
-        own = params[layer][path]
-        return {**params, layer: {**params[layer], path: jax.tree.map(lambda a: a + 0.5, own)}}
-
-    masked = run(params, TOKENS)
-    assert_same(masked, run(shaken("layers_1"), TOKENS))
-    assert differs(masked["logits"], run(shaken("layers_0"), TOKENS)["logits"])
-    assert differs(masked["logits"], forward(model)(params, TOKENS)["logits"])
-
-
-def test_an_overridden_gate_is_the_one_that_counts(built):
-    model, params = built({"model.segments.train": 1})
-    gate = jnp.asarray([[1.0, 0.0, 0.0], [-1.0, -1.0, -1.0]])
-
-    @jax.jit
-    def run(params):
-        _, out, _ = model.apply({"params": params}, batch_of(TOKENS), method="forward",
-                                interventions=Interventions(gate_override_LP=gate))
-        return out["layers.0.mixer.gates"], out["layers.1.mixer.gates"]
-
-    first, second = run(params)
-    np.testing.assert_array_equal(first, np.broadcast_to(gate[0], (B, T, P)))
-    assert differs(second, np.broadcast_to(second[0, 0], (B, T, P)))
-
-
-def test_a_layer_without_a_path_ignores_its_entries(built):
-    model, params = built({"model.layer_paths": ("attention", "ssm+attention"),
-                           "model.hopfield.depth_schedule": (1,), "model.segments.train": 1})
-    mask = jnp.ones((L, P)).at[0, 0].set(0).at[:, 1].set(0)
-    run = forward(model)
-    assert_same(run(params, TOKENS, interventions=Interventions(path_mask_LP=jnp.ones((L, P)))),
-                run(params, TOKENS, interventions=Interventions(path_mask_LP=mask)))
-
+# ---------------------------------------------------------------- gates, dropout, tables
 
 def test_the_gate_of_the_state_space_path_starts_at_its_dominance(built):
     model, _ = built({"model.ssm.dominant_from_layer": 1, "model.ssm.dominance": 0.7,
@@ -394,8 +320,8 @@ def test_the_gate_of_the_state_space_path_starts_at_its_dominance(built):
         return out["layers.0.mixer.gates"], out["layers.1.mixer.gates"]
 
     first, second = gates(first_parameters(model))
-    assert_close(first, np.full((B, T, P), 1 / 3))
-    assert_close(second, np.broadcast_to([0.7, 0.15, 0.15], (B, T, P)))
+    assert_close(first, np.full((B, T, len(PATHS)), 1 / 3))
+    assert_close(second, np.broadcast_to([0.7, 0.15, 0.15], (B, T, len(PATHS))))
 
 
 def test_dropout_acts_in_training_only(built):
