@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Int64, Integer
 
 from hippocampus.data.batches import Batch
 from hippocampus.errors import ConfigError, DataError
@@ -79,6 +79,11 @@ class EvaluationWindows:
         first = self._chosen * self._step + self._uncounted(self._chosen)
         end = np.minimum(self._chosen * self._step + self.context, len(self.ids) - 1)
         return int((end - first).sum())
+
+    @property
+    def starts(self) -> Int64[np.ndarray, " w"]:
+        """Where the windows that are evaluated begin; each predicts from the id after on."""
+        return self._chosen * self._step
 
     @property
     def _step(self) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float64, Int64, Integer, UInt64
+from jaxtyping import Bool, Float64, Int64, Integer, UInt64
 
 from hippocampus.errors import DataError
 
@@ -23,6 +23,7 @@ def ngram_lines(
     validation_ids: Integer[np.ndarray, " m"],
     vocab_size: int,
     max_counted: int = MAX_COUNTED,
+    scored: Bool[np.ndarray, " m"] | None = None,
 ) -> dict[str, float]:
     """Score a held-out text with count-based models of the training text.
 
@@ -37,6 +38,7 @@ def ngram_lines(
         validation_ids: ids scored; may be a memory map.
         vocab_size: V; above 2.6 million (V³ must fit in 64 bits) there is no trigram line.
         max_counted: most training tokens that bigrams and trigrams are counted on.
+        scored: which ids count, each with its true history all the same; None: all but the first.
 
     Returns:
         Mean negative log-likelihood in nats per token of `uniform`, `unigram`, `bigram` and
@@ -48,13 +50,16 @@ def ngram_lines(
     for part, ids, least in (("training", train_ids, 1), ("held-out", validation_ids, 2)):
         if len(ids) < least:
             raise DataError(f"the {part} text has {len(ids)} tokens", "use a longer text")
+    if scored is None:
+        scored = np.ones(len(validation_ids), bool)
     cost = -np.log((count_ids(train_ids, vocab_size) + 1) / (len(train_ids) + vocab_size))
     lines = {"uniform": math.log(vocab_size),
-             "unigram": _mean_cost(validation_ids, 1, lambda ids: cost[ids])}
+             "unigram": _mean_cost(validation_ids, 1, lambda ids: cost[ids], scored)}
     orders = {name: n for name, n in (("bigram", 2), ("trigram", 3)) if vocab_size**n < 2**64}
     model = NgramModel.fit(train_ids[:max_counted], vocab_size, max(orders.values(), default=1))
     for name, order in orders.items():
-        lines[name] = _mean_cost(validation_ids, order, functools.partial(_nats, model, order))
+        lines[name] = _mean_cost(validation_ids, order, functools.partial(_nats, model, order),
+                                 scored)
     return lines
 
 
@@ -90,14 +95,16 @@ def _nats(model: NgramModel, order: int, ids: np.ndarray) -> np.ndarray:
 
 
 def _mean_cost(
-    ids: Integer[np.ndarray, " m"], order: int, cost: Callable[[np.ndarray], np.ndarray]
+    ids: Integer[np.ndarray, " m"], order: int, cost: Callable[[np.ndarray], np.ndarray],
+    scored: Bool[np.ndarray, " m"],
 ) -> float:
-    """Average the cost of every id but the first, a chunk at a time, each with its history."""
+    """Average the cost of ids that count, a chunk at a time, each with its history."""
     sums = []
     for first in range(1, len(ids), _CHUNK):
         begin = max(0, first - order + 1)
-        sums.append(float(cost(ids[begin : first + _CHUNK])[first - begin :].sum()))
-    return math.fsum(sums) / (len(ids) - 1)
+        costs = cost(ids[begin : first + _CHUNK])[first - begin :]
+        sums.append(float(costs[scored[first : first + _CHUNK]].sum()))
+    return math.fsum(sums) / int(scored[1:].sum())
 
 
 @dataclass(frozen=True, eq=False)

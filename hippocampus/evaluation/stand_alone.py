@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
+import numpy as np
+from jaxtyping import Bool
 
 from hippocampus.config import Config
 from hippocampus.config_files import read_json
@@ -90,18 +92,14 @@ def evaluate_run(
       DataError: no run folder, no such split, or a text other than the one of the training.
       CheckpointError: no such step.
     """
-    folder = RunFolder(Path(path))
-    if not folder.is_run():
-        raise DataError(f"no run folder at {folder.path}", "train one with python -m "
-                        "hippocampus.train --config=configs/quickstart.py")
-    config, _ = _read_config(folder)
+    folder, config = open_folder(path)
     windows = choose_windows(config, request)
     windows = dataclasses.replace(
         windows, batch_size=-(-windows.batch_size // spread.ways) * spread.ways)
     out = Path(out) if out is not None else folder.evaluations
     if spread.writes:
         check_writable(out)
-    text, lines, notes = _read(folder, config, Tokenizer.load(folder.tokenizer), request)
+    text, lines, notes = read_held_out(folder, config, Tokenizer.load(folder.tokenizer), request)
     cut = text.windows(windows.context, windows.stride, windows.batch_size)
     models = load_weights(folder, request.weights, request.step, spread.sharding)
     evaluations = {
@@ -111,6 +109,20 @@ def evaluate_run(
     report = make_report(evaluations, text, windows, lines, notes, config=config,
                          step=next(iter(models.values())).step, run=folder.path)
     return report, report.write(out) if spread.writes else None
+
+
+def open_folder(path: str | Path) -> tuple[RunFolder, Config]:
+    """A run folder, or an exported one, and its config.
+
+    Raises:
+      ConfigError: a place that is not on a file system.
+      DataError: no run folder, or a damaged one.
+    """
+    folder = RunFolder.at(path)
+    if not folder.is_run():
+        raise DataError(f"no run folder at {folder.path}", "train one with python -m "
+                        "hippocampus.train --config=configs/quickstart.py")
+    return folder, _read_config(folder)[0]
 
 
 def choose_windows(config: Config, request: Request) -> Windows:
@@ -163,9 +175,23 @@ def load_weights(folder: RunFolder, weights: str, step: int | None,
     return models
 
 
-def _read(folder: RunFolder, config: Config, tokenizer: Tokenizer, request: Request,
-          ) -> tuple[HeldOutText, dict[str, float], tuple[str, ...]]:
-    """The text, and the n-gram lines with what is to be said of them."""
+def read_held_out(
+    folder: RunFolder, config: Config, tokenizer: Tokenizer, request: Request,
+    scored: Callable[[HeldOutText], Bool[np.ndarray, " m"] | None] = lambda text: None,
+) -> tuple[HeldOutText, dict[str, float], tuple[str, ...]]:
+    """The text that is asked for, and the count-based lines on it.
+
+    Args:
+      folder, config, tokenizer: of the run.
+      request: which text.
+      scored: which ids of the text the lines are means over; None = all.
+
+    Returns:
+      The text, nats per token of the lines, and what is to be said of them.
+
+    Raises:
+      DataError: no such text or split, or it is not the text of the training.
+    """
     if request.text:
         text = read_text(expand(request.text), tokenizer)
         try:
@@ -177,7 +203,7 @@ def _read(folder: RunFolder, config: Config, tokenizer: Tokenizer, request: Requ
         corpus = _corpus_of(folder, config)
         text = _held_out(corpus, request.split, tokenizer, config)
     train = token_split(corpus, tokenizer, "train").ids
-    lines = ngram_lines(train, text.ids, tokenizer.vocab_size)
+    lines = ngram_lines(train, text.ids, tokenizer.vocab_size, scored=scored(text))
     return text, lines, (smoothing_note(len(train), tokenizer.vocab_size),)
 
 
