@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from hippocampus.config import PATHS
 from hippocampus.errors import ConfigError
+
+Values = Array | np.ndarray
+"""Of JAX, or of NumPy."""
 
 CONTROLLER_NORMAL, CONTROLLER_ZERO, CONTROLLER_MOVED, CONTROLLER_RANDOM = range(4)
 """Values of `Interventions.controller`."""
@@ -35,16 +41,16 @@ class Interventions(struct.PyTreeNode):
         model can run `segments.eval` passes and selects one, so r may be traced.
     """
 
-    path_mask_LP: Float[Array, "L P"] | None = None
-    renormalize: Bool[Array, ""] | bool | None = None
-    gate_override_LP: Float[Array, "L P"] | None = None
-    depth_L: Int[Array, " L"] | None = None
-    shuffle_LP: Float[Array, "L P"] | None = None
-    source_PBT: Int[Array, "P B T"] | None = None
-    controller: Int[Array, ""] | int | None = None
-    controller_source_BT: Int[Array, "B T"] | None = None
-    controller_noise_BTC: Float[Array, "B T C"] | None = None
-    segments: Int[Array, ""] | int | None = None
+    path_mask_LP: Float[Values, "L P"] | None = None
+    renormalize: Bool[Values, ""] | bool | None = None
+    gate_override_LP: Float[Values, "L P"] | None = None
+    depth_L: Int[Values, " L"] | None = None
+    shuffle_LP: Float[Values, "L P"] | None = None
+    source_PBT: Int[Values, "P B T"] | None = None
+    controller: Int[Values, ""] | int | None = None
+    controller_source_BT: Int[Values, "B T"] | None = None
+    controller_noise_BTC: Float[Values, "B T C"] | None = None
+    segments: Int[Values, ""] | int | None = None
 
     @classmethod
     def neutral(cls, n_layers: int, B: int, T: int, segments: int) -> Interventions:
@@ -57,21 +63,23 @@ class Interventions(struct.PyTreeNode):
           B, T: shape of the batch.
           segments: `segments.train` of the model.
         """
-        P = len(PATHS)
-        own_BT = jnp.arange(B * T, dtype=jnp.int32).reshape(B, T)
-        return cls(
-            path_mask_LP=jnp.ones((n_layers, P)), renormalize=jnp.asarray(True),
-            gate_override_LP=-jnp.ones((n_layers, P)), depth_L=jnp.zeros(n_layers, jnp.int32),
-            shuffle_LP=jnp.zeros((n_layers, P)),
-            source_PBT=jnp.broadcast_to(own_BT, (P, B, T)),
-            controller=jnp.asarray(CONTROLLER_NORMAL, jnp.int32), controller_source_BT=own_BT,
-            controller_noise_BTC=jnp.zeros((B, T, n_layers * P)),
-            segments=jnp.asarray(segments, jnp.int32))
+        LP = (n_layers, len(PATHS))
+        own_BT = np.arange(B * T, dtype=np.int32).reshape(B, T)
+        # From NumPy, because every new shape of jnp.ones is a program to compile.
+        arrays = jax.device_put({
+            "path_mask_LP": np.ones(LP, np.float32), "renormalize": np.bool_(True),
+            "gate_override_LP": -np.ones(LP, np.float32),
+            "depth_L": np.zeros(n_layers, np.int32), "shuffle_LP": np.zeros(LP, np.float32),
+            "source_PBT": np.stack([own_BT] * len(PATHS)),
+            "controller": np.int32(CONTROLLER_NORMAL), "controller_source_BT": own_BT,
+            "controller_noise_BTC": np.zeros((B, T, LP[0] * LP[1]), np.float32),
+            "segments": np.int32(segments)})
+        return cls(**arrays)
 
     def of_layers(self) -> LayerInterventions:
         """What every layer gets a slice of, along a leading L axis; without what all share."""
-        return LayerInterventions(self.path_mask_LP, self.gate_override_LP, self.depth_L,
-                                  self.shuffle_LP)
+        arrays: Any = (self.path_mask_LP, self.gate_override_LP, self.depth_L, self.shuffle_LP)
+        return LayerInterventions(*arrays)
 
     def shared(self, layer: LayerInterventions) -> LayerInterventions:
         """A layer's slice with what all layers share."""
@@ -125,7 +133,8 @@ def change_controller(
     Raises:
       ConfigError: `controller` without its source or its noise.
     """
-    source_BT, noise_BTC = interventions.controller_source_BT, interventions.controller_noise_BTC
+    source_BT: Any = interventions.controller_source_BT
+    noise_BTC: Any = interventions.controller_noise_BTC
     if interventions.controller is None:
         return bias_LBTP
     if source_BT is None or noise_BTC is None:

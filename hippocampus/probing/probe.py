@@ -104,7 +104,12 @@ class Probe:
     @property
     def paths(self) -> tuple[str, ...]:
         """Those that some layer has, in the order of `PATHS`."""
-        return tuple(path for path in PATHS if any(path in spec.paths for spec in self.specs))
+        return tuple(path for p, path in enumerate(PATHS) if self.present[:, p].any())
+
+    @property
+    def present(self) -> Bool[np.ndarray, "L P"]:
+        """Which layer has which path."""
+        return np.asarray([[path in spec.paths for path in PATHS] for spec in self.specs])
 
     @cached_property
     def host_batches(self) -> tuple[Batch, ...]:
@@ -157,9 +162,8 @@ class Probe:
     @cached_property
     def contribution_norms(self) -> dict[str, float]:
         """Mean norm of what each path adds, over tokens and the layers that have it."""
-        return {path: float(np.mean([self.baseline.norm_LP[i, PATHS.index(path)]
-                                     for i, spec in enumerate(self.specs) if path in spec.paths]))
-                for path in self.paths}
+        mean_P = self.baseline.norm_LP.sum(0) / np.maximum(self.present.sum(0), 1)
+        return {path: float(mean_P[PATHS.index(path)]) for path in self.paths}
 
     def bits_per_byte(self, nats_per_token: float) -> float | None:
         """A loss per byte of the text; None where the tokens stand for no text."""
@@ -183,11 +187,12 @@ class Probe:
         """All arrays, of the types that the program is compiled for."""
         if given is None:
             return self.neutral
-        arrays = {}
+        arrays: dict[str, Any] = {}
         for field in dataclasses.fields(Interventions):
             neutral, value = getattr(self.neutral, field.name), getattr(given, field.name)
-            arrays[field.name] = neutral if value is None else jnp.asarray(value, neutral.dtype)
-        return Interventions(**arrays)
+            # By NumPy, because a conversion by JAX is one more program to compile.
+            arrays[field.name] = neutral if value is None else np.asarray(value, neutral.dtype)
+        return Interventions(**jax.device_put(arrays))
 
     @cached_property
     def _sums(self) -> Callable[[Any, Batch, Interventions], dict[str, Array]]:
@@ -233,6 +238,8 @@ def open_probe(
     """
     if max_windows < 0:
         raise ConfigError(f"--max_windows is {max_windows}", "it must be at least 0 (0 = all)")
+    if seed < 0:
+        raise ConfigError(f"--seed is {seed}", "it must be at least 0")
     folder, config = open_folder(workdir)
     # An export has one kind of weights, and "both" takes what there is.
     average = "both" if is_export(folder.path) else "ema" if config.ema.decay else "raw"
