@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -141,7 +142,7 @@ class Probe:
         sums = []
         for i, batch in enumerate(self.batches):
             given = change(i, self.host_batches[i]) if callable(change) else change
-            sums.append(self._sums(self.params, batch, self._complete(given)))
+            sums.append(_sums(self.model, self.params, batch, self._complete(given)))
         rows = jax.device_get(sums)
         joined = {name: np.concatenate([np.asarray(row[name], np.float64) for row in rows])
                   for name in ("nll", "weight")}
@@ -193,24 +194,6 @@ class Probe:
             # By NumPy, because a conversion by JAX is one more program to compile.
             arrays[field.name] = neutral if value is None else np.asarray(value, neutral.dtype)
         return Interventions(**jax.device_put(arrays))
-
-    @cached_property
-    def _sums(self) -> Callable[[Any, Batch, Interventions], dict[str, Array]]:
-        model, specs = self.model, self.specs
-
-        @jax.jit
-        def sums(params: Any, batch: Batch, interventions: Interventions) -> dict[str, Array]:
-            hidden_BTD, out, _ = model.apply({"params": params}, batch, method="forward",
-                                             interventions=interventions)
-            nll_BT = token_nll(hidden_BTD, model.head(params), batch.targets_BT)
-            weight_BT = batch.loss_weight_BT
-            norms = jnp.stack([_norms(out, i, spec) for i, spec in enumerate(specs)])  # L,B,T,P
-            shares = norms / jnp.maximum(norms.sum(-1, keepdims=True), 1e-30)
-            norm_LP, share_LP = (jnp.einsum("lbtp,bt->lp", x, weight_BT) for x in (norms, shares))
-            return {"nll": (nll_BT * weight_BT).sum(1), "weight": jnp.sum(weight_BT, 1),
-                    "norm": norm_LP, "share": share_LP}
-
-        return sums
 
 
 def open_probe(
@@ -293,6 +276,22 @@ def _predicted(windows: EvaluationWindows, length: int) -> Bool[np.ndarray, " m"
     predicted = np.zeros(length, bool)
     predicted[windows.starts[:, None] + 1 + np.arange(windows.context)] = True
     return predicted
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sums(model: Any, params: Any, batch: Batch,
+          interventions: Interventions) -> dict[str, Array]:
+    """What `Measured` holds, of one batch; probes of equal models and shapes share the program."""
+    hidden_BTD, out, _ = model.apply({"params": params}, batch, method="forward",
+                                     interventions=interventions)
+    nll_BT = token_nll(hidden_BTD, model.head(params), batch.targets_BT)
+    weight_BT = batch.loss_weight_BT
+    norms_LBTP = jnp.stack([_norms(out, i, spec)
+                            for i, spec in enumerate(block_specs(model.config))])
+    shares_LBTP = norms_LBTP / jnp.maximum(norms_LBTP.sum(-1, keepdims=True), 1e-30)
+    norm_LP, share_LP = (jnp.einsum("lbtp,bt->lp", x, weight_BT) for x in (norms_LBTP, shares_LBTP))
+    return {"nll": (nll_BT * weight_BT).sum(1), "weight": jnp.sum(weight_BT, 1), "norm": norm_LP,
+            "share": share_LP}
 
 
 def _norms(out: dict[str, Array], layer: int, spec: BlockSpec) -> Array:

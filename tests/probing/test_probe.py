@@ -14,7 +14,7 @@ from hippocampus.evaluation.evaluate import evaluate
 from hippocampus.evaluation.ngrams import NgramModel
 from hippocampus.models.interventions import Interventions
 from hippocampus.probing.measured import Measured
-from hippocampus.probing.probe import about, open_probe
+from hippocampus.probing.probe import _sums, about, open_probe
 
 CONTEXT = 16
 
@@ -65,6 +65,8 @@ def test_lines_are_scored_on_the_predictions_of_the_windows(probe):
 
 def test_every_intervention_runs_the_same_program(probe):
     ones = jnp.ones((1, 3))
+    probe.measure()
+    programs = _sums._cache_size()
     probe.measure(Interventions(path_mask_LP=ones.at[0, 2].set(0)))
     probe.measure(Interventions(segments=1, controller=2, renormalize=False))
     probe.measure(Interventions(depth_L=np.asarray([1]), gate_override_LP=0.5 * ones))
@@ -77,7 +79,7 @@ def test_every_intervention_runs_the_same_program(probe):
     moved = probe.measure(change)
     assert seen == [(0, np.ndarray), (1, np.ndarray)]
     assert moved.loss != probe.baseline.loss
-    assert probe._sums._cache_size() == 1
+    assert _sums._cache_size() == programs
 
 
 def test_contributions_are_shares_of_what_the_mixers_add(probe):

@@ -22,7 +22,7 @@ from hippocampus.models.interventions import (
     Interventions,
 )
 from hippocampus.probing import shuffles
-from hippocampus.probing.bars import damage_bars
+from hippocampus.probing.damage_plots import damage_bars
 from hippocampus.probing.measured import Measured
 from hippocampus.probing.probe import Probe
 from hippocampus.probing.results import Plot, SuiteResult

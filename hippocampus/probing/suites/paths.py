@@ -14,7 +14,7 @@ import numpy as np
 
 from hippocampus.config import PATHS
 from hippocampus.models.interventions import Interventions
-from hippocampus.probing.bars import damage_bars
+from hippocampus.probing.damage_plots import damage_bars, damage_by_layer
 from hippocampus.probing.probe import Probe
 from hippocampus.probing.results import Plot, SuiteResult
 from hippocampus.probing.rows import SHORT, baseline_row, line_rows, loss_row, loss_table
@@ -22,6 +22,7 @@ from hippocampus.probing.rows import SHORT, baseline_row, line_rows, loss_row, l
 TITLE = "What the model loses without its paths"
 
 _RAW = "_raw"
+_ERRORS = "Bars: one standard error, paired over windows."
 
 Row = Mapping[str, Any]
 
@@ -73,12 +74,17 @@ def _masked(probe: Probe, name: str, category: str, mask_LP: np.ndarray, path: s
 
 
 def _plots(knocked: list[Row], layers: list[Row]) -> Iterator[Plot]:
-    for rows, name, title in ((knocked, "knockout", "Damage of knock-outs"),
-                              (layers, "knockout_layers", "Damage of knock-outs in one layer")):
-        whole = [row for row in rows if not row["name"].endswith(_RAW)]
-        raw = [row for row in rows if row["name"].endswith(_RAW)]
-        if whole:
-            yield Plot(name, title, "Rise of the loss when only the paths that are named are left "
-                       "or one is removed; bars: one standard error, paired over windows.",
-                       damage_bars({"gates renormalised": whole, "gates as they were": raw},
-                                   [row["name"] for row in whole]))
+    if knocked:
+        groups = _by_gates(knocked)
+        yield Plot("knockout", "Damage of knock-outs", "Rise of the loss when only the paths that "
+                   f"are named are left. {_ERRORS}", damage_bars(
+                       groups, [row["name"] for row in next(iter(groups.values()))]))
+    if layers:
+        yield Plot("knockout_layers", "Damage of knock-outs in one layer", "Rise of the loss when "
+                   f"one path is removed in one layer. {_ERRORS}",
+                   damage_by_layer(_by_gates(layers)))
+
+
+def _by_gates(rows: list[Row]) -> dict[str, list[Row]]:
+    return {"gates renormalised": [row for row in rows if not row["name"].endswith(_RAW)],
+            "gates as they were": [row for row in rows if row["name"].endswith(_RAW)]}

@@ -15,7 +15,7 @@ from hippocampus.config import PATHS
 from hippocampus.data.batches import Batch
 from hippocampus.models.interventions import Interventions
 from hippocampus.probing import shuffles
-from hippocampus.probing.bars import damage_bars
+from hippocampus.probing.damage_plots import damage_bars, damage_by_layer
 from hippocampus.probing.probe import Probe
 from hippocampus.probing.results import Plot, SuiteResult
 from hippocampus.probing.rows import SHORT, baseline_row, loss_row, loss_table
@@ -45,11 +45,15 @@ def run(probe: Probe) -> SuiteResult:
         loss_table(probe, "shuffle", "Shuffled paths, in all layers",
                    [baseline_row(probe), *(row for kind in kinds for row in rows[kind])], notes),
         loss_table(probe, "shuffle_layers", "Shuffled within the past, in one layer", layers))
-    plot = Plot("shuffle", "Damage of shuffles", "Rise of the loss when a path is read at another "
-                "token, in all layers; bars: one standard error, paired over windows.",
-                damage_bars({_LEGEND[kind]: rows[kind] for kind in kinds},
-                            [f"shuffle_{SHORT[PATHS[p]]}" for p in order]))
-    return SuiteResult("shuffle", TITLE, tables, (plot,))
+    errors = "Bars: one standard error, paired over windows."
+    plots = (
+        Plot("shuffle", "Damage of shuffles", "Rise of the loss when a path is read at another "
+             f"token, in all layers. {errors}",
+             damage_bars({_LEGEND[kind]: rows[kind] for kind in kinds},
+                         [f"shuffle_{SHORT[PATHS[p]]}" for p in order])),
+        Plot("shuffle_layers", "Damage of shuffles in one layer", "Rise of the loss when a path is "
+             f"read at an earlier token, in one layer. {errors}", damage_by_layer({"": layers})))
+    return SuiteResult("shuffle", TITLE, tables, plots)
 
 
 def _in_layers(probe: Probe) -> Iterator[Row]:
