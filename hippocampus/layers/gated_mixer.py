@@ -53,8 +53,9 @@ class GatedMixer(nn.Module):
           train: draw path dropout (random stream "dropout").
 
         Returns:
-          y_BTD, and `out`: "gates" (B,T,P, float32), "contribution" (B,T,P: norm of each term),
-          "entropy" (B,T, nats) and "out". Arrays that change nothing give the same bits as None.
+          y_BTD, and `out`: "gates" (B,T,P, float32), "terms" (B,T,P,D, float32: what each path
+          adds), "contribution" (B,T,P: their norms), "entropy" (B,T, nats) and "out". Arrays that
+          change nothing give the same bits as None.
         """
         P = len(paths)
         hidden = nn.Dense(self.config.width, dtype=self.dtype, name="hidden")(u_BTD)
@@ -80,6 +81,7 @@ class GatedMixer(nn.Module):
         log_gates = jnp.log(jnp.maximum(gates_BTP, 1e-30))
         return y_BTD, {
             "gates": gates_BTP, "out": y_BTD, "entropy": -(gates_BTP * log_gates).sum(-1),
+            "terms": jnp.stack(terms, axis=-2),
             "contribution": jnp.stack([jnp.linalg.norm(term, axis=-1) for term in terms], -1)}
 
     def _bias_init(self, key: Array, shape: tuple[int], dtype: jnp.dtype) -> Array:

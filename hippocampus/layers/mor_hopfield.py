@@ -70,9 +70,11 @@ class MoRHopfield(TemporalLayer):
 
         Returns:
           y_BTD, and `out`: "query", "key" and "step1".."stepK" (B,T,H,d), "depth_gates" (B,T,K),
+          "heads" (B,T,H,d: the steps mixed by those gates, before W_o),
           "energy" (K+1,B,T,H: of the query and after each step), "effective_patterns" and
-          "n_patterns" (B,T,H: how many patterns the last step mixed, and could), "regime"
-          (B,T,H: 0 single, 1 metastable, 2 global), "beta" (H), and "out".
+          "n_patterns" (B,T,H: how many patterns the last step mixed, and could), "entropy" (B,T,H:
+          of its weights, nats), "regime" (B,T,H: 0 single, 1 metastable, 2 global), "beta" (H),
+          and "out".
         """
         y_BTD, out, _ = self._run(u_BTD, positions_BT, document_ids_BT=document_ids_BT,
                                   stop_after=stop_after)
@@ -145,6 +147,7 @@ class MoRHopfield(TemporalLayer):
         read = states if stop_after is None else _stopped(states, retrieve, stop_after)
         mixed = sum(gates_BTK[..., j, None, None] * read[j].astype(jnp.float32)
                     for j in range(self.depth))
+        out["heads"] = mixed = self.edit("heads", jnp.asarray(mixed))
         y_BTD = nn.Dense(D, use_bias=False, dtype=self.dtype, name="out")(
             jnp.reshape(mixed, (B, T, D)).astype(self.dtype))
         out["out"] = y_BTD = self.edit("out", y_BTD)
@@ -161,6 +164,7 @@ class MoRHopfield(TemporalLayer):
         effective, n_patterns = hopfield.effective_patterns(before_last, *memory)
         return {"energy": jnp.stack([hopfield.energy(xi, *memory) for xi in states]),
                 "effective_patterns": effective, "n_patterns": n_patterns,
+                "entropy": hopfield.entropy(before_last, *memory),
                 "regime": hopfield.regime(effective, n_patterns)}
 
 

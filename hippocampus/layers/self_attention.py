@@ -56,7 +56,8 @@ class SelfAttention(TemporalLayer):
           positions_BT: position of each token in its document.
 
         Returns:
-          y_BTD, and `out`: "query" (B,T,H,d), "key" and "value" (B,T,G,d), "out".
+          y_BTD, and `out`: "query" (B,T,H,d), "key" and "value" (B,T,G,d), "heads" (B,T,H,d: what
+          each head read, before W_o) and "out".
         """
         y_BTD, out, _ = self._run(u_BTD, positions_BT, document_ids_BT=document_ids_BT)
         return y_BTD, out
@@ -101,6 +102,7 @@ class SelfAttention(TemporalLayer):
                 valid_BT, self.config.window)
             cache = AttentionCache(*written)
             o_BTHd = key_cache.attend(out["query"], keys, values, visible, d**-0.5)
+        out["heads"] = o_BTHd = self.edit("heads", o_BTHd)
         y_BTD = nn.Dense(D, use_bias=False, dtype=self.dtype, name="out")(o_BTHd.reshape(B, T, D))
         out["out"] = y_BTD = self.edit("out", y_BTD)
         return y_BTD, out, cache

@@ -138,6 +138,18 @@ def effective_patterns(
     return jnp.moveaxis(1 / (p * p).sum(-1), 1, 2), jnp.moveaxis(n, 1, 2)
 
 
+def entropy(
+    xi_BTHd: Float[Array, "B T H d"], keys_BTHd: Float[Array, "B T H d"] | None,
+    slots_SHd: Float[Array, "S H d"] | None, beta_H: Float[Array, " H"],
+    document_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T H"]:
+    """-sum p log p of the retrieval weights, in nats: 0 = one pattern, log n = all n alike."""
+    scores = _scores(xi_BTHd, keys_BTHd, slots_SHd, beta_H, document_ids)
+    p = jax.nn.softmax(scores, axis=-1)
+    log_p = jnp.log(jnp.maximum(p, jnp.finfo(jnp.float32).tiny))
+    return jnp.moveaxis(-(p * log_p).sum(-1), 1, 2)
+
+
 def regime(effective: Float[Array, ...], n_patterns: Float[Array, ...]) -> Int[Array, ...]:
     """What a retrieval found: 0 = single (one pattern), 1 = metastable (some), 2 = global (most).
 

@@ -52,6 +52,7 @@ def test_the_result_is_the_gated_sum_of_normalised_paths():
         terms.append(np.asarray(out["gates"])[..., p, None] * normal
                      * TRAINED[f"norm_{name}"]["scale"])
     assert_close(y, sum(terms), n_operations=D)
+    assert_close(out["terms"], np.stack(terms, axis=-2), n_operations=D)
     assert_close(out["contribution"], np.stack([np.linalg.norm(t, axis=-1) for t in terms], -1),
                  n_operations=D)
 

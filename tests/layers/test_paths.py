@@ -278,6 +278,14 @@ def test_one_whole_step_over_the_context_is_attention_with_keys_as_values():
     assert_close(y, read.reshape(B, T, D) @ params["out"]["kernel"], n_operations=T * D)
 
 
+@pytest.mark.parametrize("name", ["hopfield both, K=3", "attention, one group"])
+def test_what_the_heads_read_times_the_output_matrix_is_the_output(name):
+    _, out = run(LAYERS[name])(U, ONE, POSITIONS)
+    kernel = parameters(LAYERS[name])["out"]["kernel"]
+    parts = np.einsum("bthd,hde->bthe", out["heads"], np.reshape(kernel, (H, D // H, D)))
+    assert_close(parts.sum(2), out["out"], n_operations=D)
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_depth_gates_sum_to_one_and_start_uniform(depth):
     layer = hopfield(depth, patterns="slots")

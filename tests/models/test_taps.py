@@ -20,12 +20,13 @@ TOKENS = jax.random.randint(jax.random.key(0), (B, T), 0, 31, jnp.int32)
 EDITABLE = [
     "ssm.decay", "ssm.state", "ssm.out",
     "hopfield.query", "hopfield.key", "hopfield.step1", "hopfield.step2", "hopfield.depth_gates",
-    "hopfield.out", "attention.query", "attention.key", "attention.value", "attention.out",
+    "hopfield.heads", "hopfield.out", "attention.query", "attention.key", "attention.value",
+    "attention.heads", "attention.out",
     "mixer.gates", "mixer.out", "mlp.out", "residual"]
 READABLE = [
     *EDITABLE, "ssm.gate_in", "ssm.gate_forget", "hopfield.energy", "hopfield.effective_patterns",
-    "hopfield.n_patterns", "hopfield.regime", "hopfield.beta", "mixer.entropy",
-    "mixer.contribution"]
+    "hopfield.n_patterns", "hopfield.entropy", "hopfield.regime", "hopfield.beta", "mixer.entropy",
+    "mixer.contribution", "mixer.terms"]
 
 
 @pytest.fixture(scope="module")

@@ -183,6 +183,9 @@ def test_equal_keys_are_all_mixed_and_a_sharp_match_is_alone():
     basis = jnp.broadcast_to(jnp.eye(D_HEAD)[None, :, None], (1, D_HEAD, 1, D_HEAD))
     sharp, _ = effective_patterns(basis, basis, None, jnp.asarray([50.0]))
     assert_close(sharp, np.ones_like(sharp))
+    even = hopfield.entropy(queries(), equal, None, jnp.ones(H))
+    assert_close(even, jnp.log(n), n_operations=T)
+    assert np.abs(hopfield.entropy(basis, basis, None, jnp.asarray([50.0]))).max() < 1e-6
 
 
 def test_two_of_three_equally_likely_patterns_count_two():
@@ -190,6 +193,7 @@ def test_two_of_three_equally_likely_patterns_count_two():
     xi = jnp.asarray([[0.0, 0], [0, 0], [30, 0]])[None, :, None]
     effective, _ = effective_patterns(xi, keys, None, jnp.ones(1))
     assert_close(effective[0, :, 0], np.array([1.0, 2.0, 2.0]))
+    assert_close(hopfield.entropy(xi, keys, None, jnp.ones(1))[0, :, 0], np.log([1.0, 2.0, 2.0]))
 
 
 def test_a_retrieval_is_single_metastable_or_global():
