@@ -1,0 +1,72 @@
+"""The recipes of docs/probing.md: short, and they find what they say they find."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import hippocampus as hp
+from hippocampus.data.tokenizers import byte_tokenizer
+from hippocampus.generation.language_model import LanguageModel
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+DOCS = Path(__file__).resolve().parents[2] / "docs/probing.md"
+RECIPES = dict(re.findall(r"### (\w[\w ]+)\n(?:(?!###).)*?<!-- tested -->\n```python\n(.*?)```",
+                          DOCS.read_text("utf-8"), re.DOTALL))
+MODELS = {"all paths, two passes": {}, "one pass, grouped keys": {
+    "model.segments.train": 1, "model.attention.n_kv_heads": 1, "model.tie_embeddings": False}}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def run_recipe(request, built, tiny_config):
+    """Runs a recipe as it stands, on a model with random parameters; returns its names."""
+    overrides = {"model.vocab_size": 256, "data.context": 32, **MODELS[request.param]}
+    lm = LanguageModel(*built(overrides), byte_tokenizer(), tiny_config(overrides))
+
+    def run(name):
+        names = {}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(hp, "load", lambda folder: lm, raising=False)
+            exec(RECIPES[name], names)
+        return names
+
+    return run
+
+
+def test_there_are_four_and_each_has_at_most_fifteen_lines():
+    assert set(RECIPES) == {"Activation patching", "Direct logit attribution",
+                            "Path attribution", "Head attribution"}
+    for name, code in RECIPES.items():
+        assert len(code.strip().splitlines()) <= 15, name
+
+
+@pytest.mark.parametrize("run_recipe", ["all paths, two passes"], indirect=True)
+def test_a_patch_of_the_last_layer_restores_all_at_the_last_token_and_nothing_elsewhere(run_recipe):
+    restored = run_recipe("Activation patching")["restored"]
+    assert restored.shape == (2, len("if x is not No"))
+    np.testing.assert_allclose(restored[-1, -1], 1, rtol=1e-3)
+    assert np.abs(restored[-1, :-1]).max() < 1e-3
+    # Before the prompts differ there is nothing to restore.
+    assert np.abs(restored[:, :-2]).max() < 1e-3 and abs(restored[0, -2]) > 1e-3
+
+
+def test_the_parts_of_a_logit_are_the_logit(run_recipe):
+    found = run_recipe("Direct logit attribution")
+    assert set(found["parts"]) == {"embedding", *(
+        f"layers.{i}.{part}.out" for i in range(2) for part in ("mixer", "mlp"))}
+    np.testing.assert_allclose(sum(found["parts"].values()),
+                               found["logits"][0, -1, found["token"]], rtol=1e-4)
+
+
+def test_the_paths_of_a_layer_say_what_its_mixer_says(run_recipe, capsys):
+    found = run_recipe("Path attribution")
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2 and all(path in printed[1] for path in found["paths"])
+    assert found["said"].shape == (3,) and np.abs(found["said"]).min() > 1e-6
+
+
+def test_the_heads_of_a_path_say_what_the_path_says(run_recipe):
+    found = run_recipe("Head attribution")
+    assert found["said"].shape == (2,) and np.abs(found["said"]).min() > 1e-6
