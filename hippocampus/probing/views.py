@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from hippocampus.data.batches import Batch
 from hippocampus.models.hybrid_block import BlockSpec
@@ -54,6 +54,13 @@ def positions(batch: Batch) -> Int[Array, "B T"]:
     return jnp.broadcast_to(jnp.arange(batch.tokens_BT.shape[1]), batch.tokens_BT.shape)
 
 
+def real_tokens(batch: Batch) -> Bool[Array, "B T"]:
+    """Which tokens are not padding; one that predicts nothing that counts is real too."""
+    if batch.document_ids_BT is None:
+        return jnp.ones(batch.tokens_BT.shape, bool)
+    return batch.document_ids_BT > 0
+
+
 def token_sum(value: Float[Array, "B T ..."],
               weight_BT: Float[Array, "B T"]) -> Float[Array, "B ..."]:
     """Sum over a row's tokens, each times its weight (float32)."""
@@ -81,7 +88,7 @@ def attention_weights(
 
 
 def visible(B: int, T: int, document_ids_BT: Int[Array, "B T"] | None,
-            window: int = 0) -> Float[Array, "B T T"]:
+            window: int = 0) -> Bool[Array, "B T T"]:
     """Whether token t (second axis) sees token s (last axis)."""
     t, s = jnp.arange(T)[:, None], jnp.arange(T)
     seen = (s <= t) & (s > t - window if window else True)

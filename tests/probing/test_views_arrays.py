@@ -78,7 +78,7 @@ def test_a_constant_decay_gives_its_known_rate_and_a_first_token_none():
 
 
 def test_falls_and_rises_of_an_energy_are_counted_and_rounding_is_neither():
-    path = jnp.asarray([[3.0, 2.0, 1.0], [3.0, 3.0 + 1e-7, 3.0], [3.0, 2.0, 2.5]])  # token, J
+    path = jnp.asarray([[3.0, 2.0, 1.0], [3.0, 3.0 + 1e-6, 3.0], [3.0, 2.0, 2.5]])  # token, J
     energy = path.T[:, None, :, None]  # J, one row, three tokens, one head
     found = views.energy_view(energy, jnp.ones((1, 3)), tolerance=1e-6)
     np.testing.assert_array_equal(found["fell"][0], [2, 1])
@@ -136,6 +136,13 @@ def test_rows_are_taken_a_few_at_a_time_where_the_arrays_are_large(monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, whole, parts)
     views.by_rows(view, batch(ids, ids, rows=6), 10**9)
     assert seen[-1] == (1, T)
+
+
+def test_padding_is_what_has_no_document():
+    ids = jnp.asarray([[1, 1, 2, 2, 0, 0]])
+    np.testing.assert_array_equal(views.real_tokens(batch(ids, ids, rows=1))[0],
+                                  [True] * 4 + [False] * 2)
+    assert views.real_tokens(batch()).all()
 
 
 def test_pieces_are_the_text_and_a_character_belongs_to_its_last_token():

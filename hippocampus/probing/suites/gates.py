@@ -94,7 +94,8 @@ def _view(n_layers: int, passes: int) -> Any:
     """The function that runs on the device."""
     def view(model: Any, params: Any, batch: Any) -> dict[str, Any]:
         _, out, _ = model.apply({"params": params}, batch, method="forward")
-        found = {"weight": batch.loss_weight_BT, "token": batch.tokens_BT}
+        found = {"weight": batch.loss_weight_BT, "token": batch.tokens_BT,
+                 "real": views.real_tokens(batch)}
         for i in range(n_layers):
             for name in ("gates", "contribution", "entropy"):
                 found[f"{i}.{name}"] = out[f"layers.{i}.mixer.{name}"]
@@ -146,7 +147,7 @@ def _shares(found: dict[str, np.ndarray], specs: tuple[BlockSpec, ...],
 
 
 def _winners(probe: Probe, found: dict[str, np.ndarray]) -> TokenText:
-    tokens = np.flatnonzero(found["weight"][0] > 0)[:PASSAGE]
+    tokens = np.flatnonzero(found["real"][0])[:PASSAGE]
     present = [path for path in PATHS if any(path in spec.paths for spec in probe.specs)]
     shares = _shares(found, probe.specs, tokens)[:, [PATHS.index(path) for path in present]]
     even = 1 / len(present)
@@ -165,7 +166,7 @@ def _heat_maps(probe: Probe, found: dict[str, np.ndarray]) -> Plot:
     """Gates of the first tokens, a panel per path."""
     specs = probe.specs
     n = min(64, max(8, _CELLS // (len(specs) * len(PATHS))))
-    tokens = np.flatnonzero(found["weight"][0] > 0)[:n]
+    tokens = np.flatnonzero(found["real"][0])[:n]
     gates = {path: np.full((len(specs), len(tokens)), np.nan) for path in PATHS}
     for i, spec in enumerate(specs):
         for p, path in enumerate(spec.paths):
