@@ -20,8 +20,11 @@ PATHS = ("ssm", "hopfield", "attention")
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 """The axes that devices are arranged along."""
 
-TOKENIZERS = ("bytes", "characters", "words", "bpe")
+TOKENIZERS = ("bytes", "characters", "words", "bpe", "ids")
 """Tokenizers that are made from the corpus."""
+
+RECALL_TASKS = ("mqar", "noisy", "induction", "selective_copy", "delayed_copy")
+"""Synthetic tasks, `data.corpus` = "recall:" and one of them."""
 
 _LARGEST = 2**31 - 1
 
@@ -228,12 +231,37 @@ class EMAConfig:
 
 
 @dataclass(frozen=True)
+class RecallConfig:
+    """The examples of a synthetic task (hippocampus.data.synthetic)."""
+
+    lengths: tuple[int, ...] = _setting((64, 128, 256, 256, 256), "tokens of a training example, "
+                                        "per kind", low=2, high=16_777_216)
+    pairs: tuple[int, ...] = _setting((4, 8, 16, 32, 64), "what there is to remember in one, per "
+                                      "kind: bindings, or ids to copy", low=1, high=1_000_000)
+    examples: tuple[int, ...] = _setting((100_000, 20_000, 20_000, 20_000, 20_000),
+                                         "training examples, per kind", low=1, high=100_000_000)
+    test_lengths: tuple[int, ...] = _setting(
+        (64, 64, 64, 128, 256, 512, 1024), "as `lengths`, of held-out examples; while training, "
+        "those that fit data.context are scored", low=2, high=16_777_216)
+    test_pairs: tuple[int, ...] = _setting((4, 8, 16, 32, 64, 128, 256), "as `pairs`, of held-out "
+                                           "examples", low=1, high=1_000_000)
+    test_examples: int = _count(1000, "held-out examples of every kind")
+    vocab_size: int = _count(8192, "ids", low=8, high=16_777_216)
+    power: float = _setting(0.01, "a key is asked for i places later with chance ~ i^(power - 1); "
+                            "1 = anywhere", low=0, high=100)
+    updates: float = _setting(0.5, "noisy: share of the keys that are bound again", low=0, high=1)
+    noise: float = _setting(0.5, "noisy: pairs of filler among the bindings, per key", low=0,
+                            high=1000)
+    seed: int = _count(0, "which examples; train.seed orders them", low=0)
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """What is read, and how it is cut."""
 
     corpus: str = _setting("pydoc", "pydoc, tinyshakespeare, wikitext_mini; a text, .jsonl or "
-                           ".parquet file or a glob of them; a folder of Dataset.save_to_disk; or "
-                           "a hub id such as Salesforce/wikitext")
+                           ".parquet file or a glob of them; a folder of Dataset.save_to_disk; "
+                           "a hub id such as Salesforce/wikitext; or recall: and a task")
     subset: str = _setting("", "configuration of a hub data set, such as wikitext-103-raw-v1; "
                            "empty = its only or default one")
     column: str = _setting("text", "the column that holds the text (not for text files)")
@@ -252,7 +280,7 @@ class DataConfig:
                                "copy; without a validation split its first 5,000 documents are "
                                "held out")
     tokenizer: str = _setting("bytes", "bytes, characters, words, bpe, or the path of a "
-                              "tokenizer.json")
+                              "tokenizer.json; ids for a synthetic task")
     vocab_size: int = _count(0, "ids of bpe (0 = 32,768) or words (0 = every word of the training "
                              "text); other tokenizers have their own number", low=0,
                              high=16_777_216)
@@ -264,6 +292,7 @@ class DataConfig:
                           "where that row of the batch before ended",
                           choices=("shuffled", "streams"))
     context: int = _count(128, "tokens T per sequence", high=16_777_216)
+    recall: RecallConfig = _group(RecallConfig)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,16 @@ import math
 import re
 from typing import Any
 
-from hippocampus.config import MESH_AXES, PATHS, TOKENIZERS, Config, DataConfig, layer_paths
+from hippocampus.config import (
+    MESH_AXES,
+    PATHS,
+    RECALL_TASKS,
+    TOKENIZERS,
+    Config,
+    DataConfig,
+    layer_paths,
+)
+from hippocampus.config_recall import RECALL, check_recall
 from hippocampus.errors import ConfigError
 from hippocampus.files import check_nameable
 
@@ -157,3 +166,8 @@ def _check_data(data: DataConfig) -> None:
     if data.test_files and not data.validation_files:
         raise ConfigError("data.test_files is set without data.validation_files",
                           "name the files to validate on too")
+    if data.corpus.startswith(RECALL):
+        check_recall(data)
+    elif data.tokenizer == "ids":
+        raise ConfigError("data.tokenizer is ids, and data.corpus a text",
+                          f"ids are for data.corpus={RECALL}{RECALL_TASKS[0]} and the like")

@@ -55,6 +55,13 @@ def library_words(vocabulary: dict[str, int]) -> LibraryTokenizer:
     return library
 
 
+def library_ids(vocab_size: int) -> LibraryTokenizer:
+    """Every id is the word that is its number; decoded, with a space between two."""
+    library = LibraryTokenizer(models.WordLevel({str(i): i for i in range(vocab_size)}))
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return library
+
+
 def library_bpe() -> LibraryTokenizer:
     """Byte-level BPE with GPT-2's pre-tokenizer, to be trained."""
     return _library(
@@ -76,7 +83,7 @@ def bpe_trainer(vocab_size: int, show_progress: bool) -> trainers.BpeTrainer:
 
 
 def kind_of(library: LibraryTokenizer) -> str:
-    """`"bytes"`, `"characters"`, `"words"` or `"bpe"` where it is what we build, else `"other"`."""
+    """The name in `hippocampus.config.TOKENIZERS` of what we build, else `"other"`."""
     # Compared after the library has read both, because a version may add fields of its own.
     # One different part (a normalizer, another unknown token) and the numpy path would be
     # wrong, so a family likeness is not enough.
@@ -93,6 +100,8 @@ def kind_of(library: LibraryTokenizer) -> str:
         same == library_words(vocabulary).to_str()
     ):
         return "words"
+    if same == library_ids(len(vocabulary)).to_str():
+        return "ids"
     empty = library_bpe()
     empty.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
     if _frame(same) == _frame(empty.to_str()) and set(_byte_alphabet()) <= vocabulary.keys():

@@ -1,4 +1,4 @@
-"""Text to ids and back: `Tokenizer`, `byte_tokenizer`, `character_tokenizer`.
+"""Text to ids and back: `Tokenizer`, `byte_tokenizer`, `character_tokenizer`, `id_tokenizer`.
 
 Whatever its kind, a tokenizer is a valid Hugging Face `tokenizer.json`, so that any tool can read
 what a run leaves behind. Bytes, characters and words, which need no library to encode, take a
@@ -29,6 +29,7 @@ from hippocampus.data.tokenizer_files import (
     kind_of,
     library_bytes,
     library_characters,
+    library_ids,
 )
 from hippocampus.errors import DataError
 from hippocampus.files import write_atomically
@@ -63,6 +64,15 @@ def character_tokenizer(characters: Iterable[str]) -> Tokenizer:
     _utf8("".join(distinct))
     library = library_characters({c: i for i, c in enumerate(distinct)})
     return Tokenizer(library.to_str(pretty=True))
+
+
+def id_tokenizer(vocab_size: int) -> Tokenizer:
+    """Build the tokenizer whose words are the ids themselves: "5" is id 5.
+
+    Args:
+        vocab_size: how many there are, from 0.
+    """
+    return Tokenizer(library_ids(vocab_size).to_str())
 
 
 class Tokenizer:
@@ -138,7 +148,7 @@ class Tokenizer:
 
     @cached_property
     def kind(self) -> str:
-        """`"bytes"`, `"characters"`, `"words"` or `"bpe"` where it is exactly what we build.
+        """The name in `hippocampus.config.TOKENIZERS` of what is exactly as we build it.
 
         Any other is `"other"`.
         """
@@ -261,7 +271,18 @@ class Tokenizer:
             return self._encode_characters(text)
         if self.kind == "words" and not _SEPARATORS.search(text):
             return self._encode_words(text)
+        if self.kind == "ids" and not _SEPARATORS.search(text):
+            return self._encode_ids(text)
         return None
+
+    def _encode_ids(self, text: str) -> np.ndarray:
+        words = text.split()
+        ids = np.fromiter(map(self._vocabulary.get, words, repeat(-1)), np.int32, len(words))
+        if (ids < 0).any():
+            raise DataError(
+                f"the word {words[int((ids < 0).argmax())][:60]!r} is not in the vocabulary",
+                f"its words are the numbers from 0 to {self.vocab_size - 1}")
+        return ids
 
     def _encode_words(self, text: str) -> np.ndarray:
         """Split as the library does: at white space, every line end being a word."""

@@ -49,13 +49,13 @@ class HeldOutText:
         return len(self.ids) - 1
 
     @property
-    def bytes_per_token(self) -> float:
-        """Per prediction."""
+    def bytes_per_token(self) -> float | None:
+        """Per prediction; None for what is not a text."""
         return self.n_bytes / max(1, self.predictions)
 
     @property
-    def words_per_token(self) -> float:
-        """Per prediction."""
+    def words_per_token(self) -> float | None:
+        """Per prediction; None for what is not a text."""
         return self.n_words / max(1, self.predictions)
 
     @property

@@ -10,17 +10,19 @@ class TokenLoss:
 
     Attributes:
       nats_per_token: mean -log p of the predicted ids.
-      bytes_per_token: UTF-8 bytes of the text per prediction.
+      bytes_per_token: UTF-8 bytes of the text per prediction; None for what is not a text.
       words_per_token: words of the text per prediction; None where nobody counted them.
     """
 
     nats_per_token: float
-    bytes_per_token: float
+    bytes_per_token: float | None
     words_per_token: float | None
 
     @property
-    def bits_per_byte(self) -> float:
+    def bits_per_byte(self) -> float | None:
         """nats per token / (ln 2 * bytes per token): comparable between tokenizers."""
+        if self.bytes_per_token is None:
+            return None
         return bits_per_byte(self.nats_per_token, self.bytes_per_token)
 
     @property

@@ -33,7 +33,7 @@ class Measurement(TokenLoss):
     Attributes:
       name: of the row.
       nats_per_token: mean -log p over the predictions.
-      bytes_per_token: UTF-8 bytes of the text per prediction.
+      bytes_per_token: UTF-8 bytes of the text per prediction; None for what is not a text.
       words_per_token: words of the text per prediction; None where nobody counted them.
       tokenizer: digest of the tokenizer.
       text: digest and split of the text.
@@ -47,7 +47,7 @@ class Measurement(TokenLoss):
 
     name: str
     nats_per_token: float
-    bytes_per_token: float
+    bytes_per_token: float | None
     words_per_token: float | None
     tokenizer: str
     text: str
@@ -76,9 +76,9 @@ class MetricTable:
 
     @property
     def header(self) -> tuple[str, ...]:
-        """Names of the columns; those per token only where all rows have one tokenizer."""
+        """Names of the columns: per token where all rows have one tokenizer, per byte for texts."""
         per_token = ("nats/token", "ppl/token") if len(self.tokenizers) == 1 else ()
-        return ("model", *per_token, "bits/byte", "ppl/word")
+        return ("model", *per_token, *(("bits/byte", "ppl/word") if self._is_text else ()))
 
     @property
     def cells(self) -> list[list[str]]:
@@ -87,10 +87,14 @@ class MetricTable:
         for row in self.rows:
             star = "*" if row.unknown_rate else ""
             per_token = [number(row.nats_per_token, 4), number(row.perplexity, 2)]
+            per_byte = [number(row.bits_per_byte, 4) + star, number(row.word_perplexity, 2) + star]
             cells.append([row.name, *(per_token if len(self.tokenizers) == 1 else []),
-                          number(row.bits_per_byte, 4) + star,
-                          number(row.word_perplexity, 2) + star])
+                          *(per_byte if self._is_text else [])])
         return cells
+
+    @property
+    def _is_text(self) -> bool:
+        return any(row.bytes_per_token is not None for row in self.rows)
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from hippocampus.errors import ConfigError
 
@@ -119,6 +119,14 @@ def token_nll(hidden_BTD: Float[Array, "B T D"], head: Head,
     chunks = _chunks(len(head.weight_VD), hidden_BTD, targets_BT)
     nll = jax.lax.map(jax.checkpoint(chunk_nll), chunks)
     return _joined(nll, targets_BT.shape[1])
+
+
+def token_hits(hidden_BTD: Float[Array, "B T D"], head: Head,
+               targets_BT: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """Whether the most likely id is the target, a chunk of the logits at a time."""
+    chunks = _chunks(len(head.weight_VD), hidden_BTD, targets_BT)
+    hits = jax.lax.map(lambda chunk: head.logits(chunk[0]).argmax(-1) == chunk[1], chunks)
+    return _joined(hits, targets_BT.shape[1])
 
 
 def _token_terms(logits: Array, head: Head, targets: Array, smoothing: float,

@@ -5,30 +5,32 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from hippocampus.config import Config
-from hippocampus.data.batches import ShuffledWindows, Streams
+from hippocampus.config_recall import task_of
+from hippocampus.data.batches import Batch, ShuffledWindows, Streams
 from hippocampus.data.corpora import Corpus, open_corpus
 from hippocampus.data.evaluation_windows import EvaluationWindows
 from hippocampus.data.shards import TokenSplit, token_split
 from hippocampus.data.tokenizers import Tokenizer
 from hippocampus.data.vocabularies import bpe_shortfall, build_tokenizer
-from hippocampus.errors import ConfigError, DataError
+from hippocampus.errors import ConfigError
+from hippocampus.evaluation.evaluate import Evaluation, evaluate
 from hippocampus.evaluation.held_out import HeldOutText, take_split
-from hippocampus.evaluation.ngrams import ngram_lines
+from hippocampus.evaluation.ngrams import ngram_lines, smoothing_note
 from hippocampus.evaluation.report import Windows
-from hippocampus.files import write_atomically
-from hippocampus.runs.run_folder import RunFolder
-from hippocampus.training.resume import check_same_data
+from hippocampus.training.recall_data import make_recall_data
+from hippocampus.training.run_data import RunData
 
 
 @dataclass(frozen=True)
-class TrainingData:
+class TrainingData(RunData):
     """One corpus, tokenized.
 
     Attributes:
@@ -62,12 +64,12 @@ class TrainingData:
         return self.validation.ids
 
     @property
-    def bytes_per_token(self) -> float:
+    def bytes_per_token(self) -> float | None:
         """Of the predicted validation text, which is all but its first token."""
         return self.held_out(packed=False).bytes_per_token
 
     @property
-    def words_per_token(self) -> float:
+    def words_per_token(self) -> float | None:
         """Of the predicted validation text, see `hippocampus.evaluation.metrics`."""
         return self.held_out(packed=False).words_per_token
 
@@ -90,9 +92,28 @@ class TrainingData:
         text = self.held_out(config.data.documents == "packed")
         return text.windows(cut.context, cut.stride, cut.batch_size, max_windows)
 
+    def score(self, model: Any, params: Any, windows: EvaluationWindows,
+              place: Callable[[Batch], Batch]) -> Evaluation:
+        """Evaluates a model on `windows`, see `hippocampus.evaluation.evaluate`."""
+        return evaluate(model, params, windows, self.bytes_per_token, place, self.words_per_token)
+
     def lines(self) -> dict[str, float]:
         """Nats per token of the uniform, unigram, bigram and trigram models."""
         return ngram_lines(self.train.ids, self.validation.ids, self.tokenizer.vocab_size)
+
+    def line_notes(self) -> tuple[str, ...]:
+        """What was counted for the lines, and smoothed how."""
+        return (smoothing_note(len(self.train.ids), self.tokenizer.vocab_size),)
+
+    def describe(self, config: Config) -> tuple[str, ...]:
+        """What there is to read, in lines for a person."""
+        unknown = self.validation.n_unknown / len(self.validation_ids)
+        found = (f"{self.corpus.name}: {len(self.train_ids):,} training and "
+                 f"{len(self.validation_ids):,} validation tokens ({config.data.tokenizer}, "
+                 f"vocabulary {self.tokenizer.vocab_size}"
+                 + (f", {unknown:.2%} of validation unknown" if unknown else "")
+                 + f"), sha256 {self.corpus.digest[:16]}")
+        return (found, self.note) if self.note else (found,)
 
     def record(self) -> str:
         """What the run folder keeps to recognise the text by."""
@@ -104,53 +125,40 @@ class TrainingData:
             "validation_words": self.validation.n_words,
             "validation_unknown": self.validation.n_unknown}, indent=2) + "\n"
 
-    def check_same_as(self, folder: RunFolder, allowed: Collection[str] = ()) -> list[str]:
-        """Refuses to go on with a run on another text or tokenizer.
 
-        Args:
-          folder: of the run.
-          allowed: what may differ all the same, see `hippocampus.training.resume`.
-
-        Returns:
-          A line for each difference that was allowed.
-
-        Raises:
-          ConfigError: what differs.
-          DataError: data.json is missing or damaged.
-        """
-        try:
-            saved = json.loads(folder.data.read_text("utf-8"))
-        except (OSError, ValueError, RecursionError):
-            raise DataError(f"cannot read {folder.data}, which says what the run was trained on",
-                            "restore it from a copy, or choose another --workdir") from None
-        return check_same_data(folder, saved, json.loads(self.record()), allowed)
-
-    def save(self, folder: RunFolder) -> None:
-        """Writes what a run folder keeps of its text: the tokenizer, and what it is known by."""
-        self.tokenizer.save(folder.tokenizer)
-        write_atomically(folder.data, self.record())
-
-
-def read_data(config: Config) -> TrainingData:
-    """Reads and tokenizes the corpus, or finds it tokenized in the cache.
+def read_data(config: Config) -> RunData:
+    """Reads and tokenizes the corpus, or finds it tokenized in the cache; or makes the examples.
 
     Raises:
       DataError: missing, empty, binary, or shorter than a window; or it lacks a character of
         `sample.prompt`.
     """
-    corpus = open_corpus(config.data)
-    tokenizer = build_tokenizer(config.data, corpus)
-    if not len(tokenizer.encode(config.sample.prompt)):
-        raise ConfigError("sample.prompt is empty", "give at least one character")
-    data = TrainingData(corpus, tokenizer, token_split(corpus, tokenizer, "train"),
-                        token_split(corpus, tokenizer, "validation"),
-                        bpe_shortfall(config.data, tokenizer))
+    data: RunData
+    if task_of(config.data):
+        data = make_recall_data(config.data)
+        _check_prompt(config, data.tokenizer)
+    else:
+        data = _read_text(config)
     data.batches(config)  # refuses a text shorter than a window
     data.windows(config, 0)
     return data
 
 
-def with_steps(config: Config, data: TrainingData) -> Config:
+def _check_prompt(config: Config, tokenizer: Tokenizer) -> None:
+    if not len(tokenizer.encode(config.sample.prompt)):
+        raise ConfigError("sample.prompt is empty", "give at least one character")
+
+
+def _read_text(config: Config) -> TrainingData:
+    corpus = open_corpus(config.data)
+    tokenizer = build_tokenizer(config.data, corpus)
+    _check_prompt(config, tokenizer)
+    return TrainingData(corpus, tokenizer, token_split(corpus, tokenizer, "train"),
+                        token_split(corpus, tokenizer, "validation"),
+                        bpe_shortfall(config.data, tokenizer))
+
+
+def with_steps(config: Config, data: RunData) -> Config:
     """The config with `train.epochs` turned into the steps that they are, rounded up.
 
     Raises:

@@ -38,13 +38,14 @@ from hippocampus.runs.run_folder import (
 from hippocampus.training import rollback, sharding
 from hippocampus.training.clock import Clock, summary
 from hippocampus.training.console import RunConsole
-from hippocampus.training.data import TrainingData, read_data, with_steps
+from hippocampus.training.data import read_data, with_steps
 from hippocampus.training.guard import released, statistics_of
 from hippocampus.training.optimizer import build_optimizer
 from hippocampus.training.report import conclude, greet
 from hippocampus.training.resume import check_resumable
 from hippocampus.training.rollback import Rollbacks
 from hippocampus.training.run import Interrupted, Run, due, look, look_is_due
+from hippocampus.training.run_data import RunData
 from hippocampus.training.signals import AGAIN, StopSignal
 from hippocampus.training.state import TrainState
 from hippocampus.training.step import TrainStep, jit_train_step, sharded_init, train_step
@@ -92,7 +93,7 @@ class _Job:
 
     config: Config
     folder: RunFolder
-    data: TrainingData
+    data: RunData
     model: Any
     mesh: Mesh
     console: RunConsole
@@ -143,7 +144,7 @@ def _fit(config: Config, workdir: str | Path | None, allow_changes: Collection[s
 
 
 def _open_folder(folder: RunFolder, config: Config, automatic: tuple[str, ...],
-                 allow_changes: Collection[str], data: TrainingData, console: RunConsole) -> None:
+                 allow_changes: Collection[str], data: RunData, console: RunConsole) -> None:
     """Checks that a run can go on, or begins one; config.json marks it and is written last."""
     if folder.is_run():
         for line in check_resumable(folder, config, automatic, allow_changes):

@@ -15,8 +15,7 @@ from jax.sharding import Mesh
 from hippocampus import distributed
 from hippocampus.config import Config
 from hippocampus.errors import Stopped
-from hippocampus.evaluation.evaluate import Evaluation, evaluate
-from hippocampus.evaluation.ngrams import smoothing_note
+from hippocampus.evaluation.evaluate import Evaluation
 from hippocampus.evaluation.report import Report, Windows, make_report
 from hippocampus.files import write_atomically
 from hippocampus.generation.language_model import LanguageModel
@@ -25,27 +24,21 @@ from hippocampus.runs.checkpoints import Checkpoints
 from hippocampus.runs.run_folder import RunFolder
 from hippocampus.training import sharding
 from hippocampus.training.console import RunConsole
-from hippocampus.training.data import TrainingData
+from hippocampus.training.run_data import RunData
 from hippocampus.training.signals import AGAIN, StopSignal
 
 
-def greet(console: RunConsole, config: Config, folder: RunFolder, data: TrainingData,
+def greet(console: RunConsole, config: Config, folder: RunFolder, data: RunData,
            model: Any) -> None:
     """What is about to run."""
     console.say(f"{config.name}: {count_parameters(model):,} parameters, "
                 f"{len(jax.devices())} x {jax.devices()[0].device_kind}, "
                 f"{config.model.compute_dtype}, in {folder.path}")
-    unknown = data.validation.n_unknown / len(data.validation_ids)
-    console.say(f"{data.corpus.name}: {len(data.train_ids):,} training and "
-                f"{len(data.validation_ids):,} validation tokens ({config.data.tokenizer}, "
-                f"vocabulary {data.tokenizer.vocab_size}"
-                + (f", {unknown:.2%} of validation unknown" if unknown else "")
-                + f"), sha256 {data.corpus.digest[:16]}")
-    if data.note:
-        console.say(data.note)
+    for line in data.describe(config):
+        console.say(line)
 
 
-def conclude(console: RunConsole, config: Config, folder: RunFolder, data: TrainingData,
+def conclude(console: RunConsole, config: Config, folder: RunFolder, data: RunData,
               model: Any, mesh: Mesh, checkpoints: Checkpoints, stop: StopSignal) -> None:
     """The best checkpoint against the n-gram lines, a text from it, and what to type next."""
     console.stop()
@@ -65,8 +58,7 @@ def conclude(console: RunConsole, config: Config, folder: RunFolder, data: Train
     for name, tree in trees.items():  # the last one is the one that counts
         params = checkpoints.restore(step, {tree: like})[tree]
         with sharding.around(mesh):
-            scored[name] = evaluate(model, params, windows, data.bytes_per_token, place,
-                                    data.words_per_token)
+            scored[name] = data.score(model, params, windows, place)
     params = sharding.to_one_device(params, mesh)
     if not distributed.is_first():
         return
@@ -91,9 +83,14 @@ def conclude(console: RunConsole, config: Config, folder: RunFolder, data: Train
 def eval_values(prefix: str, scored: Mapping[str, Evaluation]) -> dict[str, float]:
     """The series of an evaluation; the averaged weights are the ones that count, if there are."""
     best = scored.get("ema", scored["raw"])
-    values = {f"{prefix}/loss": best.nats_per_token, f"{prefix}/bits_per_byte": best.bits_per_byte,
-              f"{prefix}/loss_raw": scored["raw"].nats_per_token,
-              f"{prefix}/bits_per_byte_raw": scored["raw"].bits_per_byte}
+    values = {}
+    for weights, found in (("", best), ("_raw", scored["raw"])):
+        values[f"{prefix}/loss{weights}"] = found.nats_per_token
+        for name, value in (("bits_per_byte", found.bits_per_byte), ("accuracy", found.accuracy)):
+            if value is not None:
+                values[f"{prefix}/{name}{weights}"] = value
+    for part, score in best.parts.items():
+        values[f"{prefix}/accuracy_{part}"] = score.accuracy
     if best.word_perplexity is not None:
         values[f"{prefix}/word_perplexity"] = best.word_perplexity
     if best.skip_nats_per_token is not None:
@@ -109,13 +106,12 @@ def generate_sample(lm: LanguageModel, config: Config) -> str:
                        temperature=sample.temperature, seed=config.train.seed)
 
 
-def _report(config: Config, folder: RunFolder, data: TrainingData,
+def _report(config: Config, folder: RunFolder, data: RunData,
             scored: Mapping[str, Evaluation], step: int | None) -> Report:
     """The evaluation at the end, as `python -m hippocampus.evaluate` makes it."""
     text = data.held_out(config.data.documents == "packed")
-    notes = (smoothing_note(len(data.train.ids), data.tokenizer.vocab_size),)
-    return make_report(scored, text, Windows.of(config), data.lines(), notes, config=config,
-                       step=step, run=folder.path)
+    return make_report(scored, text, Windows.of(config), data.lines(), data.line_notes(),
+                       config=config, step=step, run=folder.path)
 
 
 def _python() -> str:

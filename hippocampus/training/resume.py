@@ -6,6 +6,7 @@ it (`--allow_change`). What the saved state does not fit cannot be forced.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -76,13 +77,33 @@ def check_resumable(folder: RunFolder, config: Config, automatic: Collection[str
     return notes
 
 
+def check_record(folder: RunFolder, record: str, allowed: Collection[str] = ()) -> list[str]:
+    """As `check_same_data`, with what the run folder keeps.
+
+    Args:
+      folder: of the run.
+      record: what `RunData.record` says now.
+      allowed: what may differ all the same.
+
+    Raises:
+      ConfigError: what differs.
+      DataError: data.json is missing or damaged.
+    """
+    try:
+        saved = json.loads(folder.data.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        raise DataError(f"cannot read {folder.data}, which says what the run was trained on",
+                        "restore it from a copy, or choose another --workdir") from None
+    return check_same_data(folder, saved, json.loads(record), allowed)
+
+
 def check_same_data(folder: RunFolder, saved: Mapping[str, Any], now: Mapping[str, Any],
                     allowed: Collection[str] = ()) -> list[str]:
     """Compares the digests of a run's text and tokenizer with those it is to go on with.
 
     Args:
       folder: of the run, for the message.
-      saved, now: what `TrainingData.record` said then, and says now.
+      saved, now: what `RunData.record` said then, and says now.
       allowed: `--allow_change`; "data.text" and "data.tokenizer" stand for the two digests.
 
     Returns:

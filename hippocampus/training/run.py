@@ -15,7 +15,6 @@ from hippocampus import distributed
 from hippocampus.config import Config
 from hippocampus.data.batches import Batch
 from hippocampus.data.prefetch import BatchSource
-from hippocampus.evaluation.evaluate import evaluate
 from hippocampus.files import write_atomically
 from hippocampus.generation.language_model import LanguageModel
 from hippocampus.runs.checkpoints import Checkpoints
@@ -23,8 +22,8 @@ from hippocampus.runs.run_folder import RunFolder
 from hippocampus.training import sharding
 from hippocampus.training.clock import Clock
 from hippocampus.training.console import RunConsole
-from hippocampus.training.data import TrainingData
 from hippocampus.training.report import eval_values, generate_sample
+from hippocampus.training.run_data import RunData
 from hippocampus.training.signals import StopSignal
 from hippocampus.training.state import TrainState
 from hippocampus.training.step import Metrics, TrainStep
@@ -48,7 +47,7 @@ class Run:
 
     config: Config
     folder: RunFolder
-    data: TrainingData
+    data: RunData
     source: BatchSource
     model: Any
     mesh: Mesh
@@ -164,13 +163,13 @@ def _evaluate(run: Run, state: TrainState, step: int) -> float:
     windows = run.data.windows(run.config, run.config.eval.max_windows)
     with sharding.around(run.mesh):
         values = eval_values("eval", {
-            name: evaluate(run.model, params, windows, run.data.bytes_per_token, place,
-                           run.data.words_per_token)
+            name: run.data.score(run.model, params, windows, place)
             for name, params in (("raw", state.params), ("ema", state.ema)) if params})
     run.trackers.scalars(step, values)
     raw = f" (raw weights {values['eval/loss_raw']:.4f})" if state.ema else ""
-    run.console.say(f"step {step}: validation loss {values['eval/loss']:.4f}{raw}, "
-                    f"{values['eval/bits_per_byte']:.4f} bits per byte")
+    unit = (f"{values['eval/bits_per_byte']:.4f} bits per byte" if "eval/bits_per_byte" in values
+            else f"{values['eval/accuracy']:.2%} right")
+    run.console.say(f"step {step}: validation loss {values['eval/loss']:.4f}{raw}, {unit}")
     return values["eval/loss"]
 
 
