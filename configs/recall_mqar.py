@@ -25,8 +25,6 @@ def get_config(model: str = "hybrid") -> ConfigDict:
         raise ConfigError(f"recall_mqar has no model {model!r}",
                           f"known: {', '.join(LEARNING_RATES)}")
     config = defaults("hybrid")
-    if model != "hybrid":
-        config.name = f"recall_mqar_{model}"
     config.model.paths = PATHS if model == "hybrid" else (model,)
     config.model.d_model = 64
     config.model.n_layers = 2

@@ -104,38 +104,30 @@ def _bind_and_ask(recall: RecallConfig, kind: Kind, keys_N: Keys, updates: int, 
                   ) -> tuple[np.ndarray, np.ndarray]:
     """Bindings, then every key once more among filler.
 
-    Events are pairs + updates bindings and `noise` pairs of filler in an order of their own. An
-    event below `pairs` binds the key of that number, one of the `updates` after them the key of
-    number event - pairs again; every binding has a value of its own, and the latest counts.
+    Events 0 .. pairs-1 bind the key of that number, the `updates` after them the first keys once
+    more, and the rest is filler; their order is the example's own, and of two bindings of a key
+    the later one counts. Every binding has another value.
     """
     N, n, L = len(keys_N), kind.pairs, kind.length
-    events, bound = n + updates + noise, n + updates
+    bound, events = n + updates, n + updates + noise
     ids = _Ids(recall.vocab_size, keys_N, n, bound)
-    tokens = ids.filler(L)
-    answers = np.zeros_like(tokens)
-    event_Ne = (_shuffled(keys_N, events) if bound < events or updates
+    tokens_NL = ids.filler(L)
+    answers_NL = np.zeros_like(tokens_NL)
+    event_Ne = (_shuffled(keys_N, events) if events > n
                 else np.broadcast_to(np.arange(n), (N, n)))
-    binds_Ne = event_Ne < bound
-    of_key_Ne = np.where(event_Ne < n, event_Ne, event_Ne - n)
-    safe_Ne = np.where(binds_Ne, of_key_Ne, 0)
-    place = np.arange(events) * 2
-    tokens[:, place] = np.where(binds_Ne, ids.key(safe_Ne), tokens[:, place])
-    value_Ne = ids.value(np.where(binds_Ne, event_Ne, 0))
-    tokens[:, place + 1] = np.where(binds_Ne, value_Ne, tokens[:, place + 1])
-    # Which event of a key comes last: its place in the order is the larger one.
-    newest_Nn = np.zeros((N, n), np.int64)
-    row = np.arange(N)[:, None]
-    where_Ne = np.empty((N, events), np.int64)
-    where_Ne[row, event_Ne] = np.arange(events)
-    newest_Nn[:] = where_Ne[:, :n]
-    newest_Nn[:, :updates] = np.maximum(newest_Nn[:, :updates], where_Ne[:, n:bound])
-    answer_Nn = np.take_along_axis(value_Ne, newest_Nn, 1)
+    place_Ne = np.argsort(event_Ne, axis=1)  # where in the order each event is
+    key_Nb = ids.key(np.broadcast_to(np.arange(bound) % n, (N, bound)))
+    value_Nb = ids.value(np.broadcast_to(np.arange(bound), (N, bound)))
+    np.put_along_axis(tokens_NL, 2 * place_Ne[:, :bound], key_Nb, 1)
+    np.put_along_axis(tokens_NL, 2 * place_Ne[:, :bound] + 1, value_Nb, 1)
 
-    space = (L - 2 * events) // 2
-    asked_Nn = 2 * events + 2 * _queries(keys_N, space, n, recall.power)
-    np.put_along_axis(tokens, asked_Nn, ids.key(np.broadcast_to(np.arange(n), (N, n))), 1)
-    np.put_along_axis(answers, asked_Nn, answer_Nn, 1)
-    return tokens, answers
+    newest_Nn = value_Nb[:, :n].copy()
+    later_Nu = place_Ne[:, n:bound] > place_Ne[:, :updates]
+    newest_Nn[:, :updates] = np.where(later_Nu, value_Nb[:, n:], newest_Nn[:, :updates])
+    asked_Nn = 2 * events + 2 * _queries(keys_N, L // 2 - events, n, recall.power)
+    np.put_along_axis(tokens_NL, asked_Nn, key_Nb[:, :n], 1)
+    np.put_along_axis(answers_NL, asked_Nn, newest_Nn, 1)
+    return tokens_NL, answers_NL
 
 
 def _induction(recall: RecallConfig, kind: Kind, keys_N: Keys) -> tuple[np.ndarray, np.ndarray]:

@@ -17,6 +17,7 @@ from hippocampus.errors import ConfigError, DataError
 from hippocampus.evaluation.held_out import HeldOutText
 
 SPLITS = ("validation", "test")
+RECALL_NOTE = "the unigram line counts answers of training examples, with 1 added to each id"
 _COUNTED = 4096
 """Training examples of each kind that the unigram line is counted on."""
 
@@ -66,22 +67,29 @@ class RecallText(HeldOutText):
                      tuple(e for e in self.examples if e.kind in kinds))
 
 
-def recall_text(data: DataConfig, split: str, tokenizer: Tokenizer | None = None) -> RecallText:
+def recall_text(data: DataConfig, split: str, tokenizer: Tokenizer | None = None,
+                longest: int = 0) -> RecallText:
     """The held-out examples of a task.
 
     Args:
       data: the settings.
       split: "validation" or "test".
       tokenizer: of the ids; None = made.
+      longest: only kinds of at most so many tokens; 0 = all.
 
     Raises:
       DataError: another split.
+      ConfigError: no kind is short enough.
     """
     if split not in SPLITS:
         raise DataError(f"{data.corpus} has no {split} split", f"it has {', '.join(SPLITS)}")
     index_N = np.arange(data.recall.test_examples)
     examples = tuple(make_examples(task_of(data), data.recall, split, kind, index_N)
-                     for kind in held_out_kinds(data.recall))
+                     for kind in held_out_kinds(data.recall)
+                     if kind.length <= (longest or kind.length))
+    if not examples:
+        raise ConfigError(f"no kind of data.recall.test_lengths fits a context of {longest}",
+                          "raise it")
     return _text(data.corpus, digest_of(data), split,
                  tokenizer or id_tokenizer(data.recall.vocab_size), examples)
 

@@ -74,8 +74,8 @@ class Report:
         title = [
             f"{part}{text['corpus']} (sha256 {text['digest'][:DIGEST_SHOWN]}), "
             f"{self.about['config']} step {self.about['step']}",
-            f"{text['tokens']:,} tokens predicted, {text['bytes']:,} bytes, "
-            f"{text['words']:,} words",
+            f"{text['tokens']:,} tokens predicted"
+            + (f", {text['bytes']:,} bytes, {text['words']:,} words" if text["bytes"] else ""),
             f"tokenizer {tokenizer['kind']} {tokenizer['digest'][:DIGEST_SHOWN]}, vocabulary "
             f"{tokenizer['vocabulary']:,}, OOV {text['unknown_rate']:.2%}",
             f"context {windows['context']}, stride {windows['stride']}, documents "
@@ -163,7 +163,16 @@ def make_report(
     if windows.context > config.data.context:
         notes = (*notes, f"trained on windows of {config.data.context} tokens and evaluated on "
                  f"{windows.context}: beyond what it has seen")
-    return Report(_about(text, windows, config, step, run), MetricTable(tuple(rows)), notes)
+    about = _about(text, windows, config, step, run)
+    for weights, found in evaluations.items():
+        if found.parts:
+            about.setdefault("accuracy", {})[weights] = {
+                "all": found.accuracy,
+                **{name: score.accuracy for name, score in found.parts.items()}}
+            notes = (*notes, f"right answers, {WEIGHTS[weights]} weights: {found.accuracy:.2%}; " +
+                     ", ".join(f"{name} {score.accuracy:.2%}"
+                               for name, score in found.parts.items()))
+    return Report(about, MetricTable(tuple(rows)), notes)
 
 
 def _about(text: HeldOutText, windows: Windows, config: Config, step: int | None,

@@ -14,14 +14,23 @@ from jaxtyping import Bool
 
 from hippocampus.config import Config
 from hippocampus.config_files import read_json
+from hippocampus.config_recall import task_of
 from hippocampus.data.batches import Batch
 from hippocampus.data.corpora import Corpus, open_corpus
+from hippocampus.data.recall_rows import RecallWindows
 from hippocampus.data.shards import token_split
+from hippocampus.data.synthetic import digest_of
 from hippocampus.data.tokenizers import Tokenizer
 from hippocampus.errors import ConfigError, DataError
 from hippocampus.evaluation.evaluate import evaluate
 from hippocampus.evaluation.held_out import HeldOutText, read_text, take_split
 from hippocampus.evaluation.ngrams import ngram_lines, smoothing_note
+from hippocampus.evaluation.recall_text import (
+    RECALL_NOTE,
+    RecallText,
+    recall_lines,
+    recall_text,
+)
 from hippocampus.evaluation.report import WEIGHTS, Report, Windows, make_report
 from hippocampus.exports.folder import ExportRecord, is_export, open_export
 from hippocampus.files import check_writable, expand
@@ -102,9 +111,10 @@ def evaluate_run(
     text, lines, notes = read_held_out(folder, config, Tokenizer.load(folder.tokenizer), request)
     cut = text.windows(windows.context, windows.stride, windows.batch_size)
     models = load_weights(folder, request.weights, request.step, spread.sharding)
+    parts = cut.parts if isinstance(cut, RecallWindows) else ()
     evaluations = {
         name: evaluate(lm.model, lm.params, track(cut, f"{WEIGHTS[name]} weights", len(cut)),
-                       text.bytes_per_token, spread.place, text.words_per_token)
+                       text.bytes_per_token, spread.place, text.words_per_token, parts)
         for name, lm in models.items()}
     report = make_report(evaluations, text, windows, lines, notes, config=config,
                          step=next(iter(models.values())).step, run=folder.path)
@@ -192,6 +202,10 @@ def read_held_out(
     Raises:
       DataError: no such text or split, or it is not the text of the training.
     """
+    if task_of(config.data) and not request.text:
+        longest = choose_windows(config, request).context
+        examples = _examples(folder, tokenizer, request.split, config, longest)
+        return examples, recall_lines(config.data, examples), (RECALL_NOTE,)
     if request.text:
         text = read_text(expand(request.text), tokenizer)
         try:
@@ -214,7 +228,15 @@ def held_out_split(folder: RunFolder, tokenizer: Tokenizer, split: str) -> HeldO
       DataError: the text is not at hand, is another one by now, or has no such split.
     """
     config, _ = _read_config(folder)
+    if task_of(config.data):
+        return _examples(folder, tokenizer, split, config)
     return _held_out(_corpus_of(folder, config), split, tokenizer, config)
+
+
+def _examples(folder: RunFolder, tokenizer: Tokenizer, split: str, config: Config,
+              longest: int = 0) -> RecallText:
+    _check_digest(folder, config, digest_of(config.data))
+    return recall_text(config.data, split, tokenizer, longest)
 
 
 def _held_out(corpus: Corpus, split: str, tokenizer: Tokenizer, config: Config) -> HeldOutText:
@@ -247,12 +269,16 @@ def _digest_of_text(folder: RunFolder) -> str:
 
 def _corpus_of(folder: RunFolder, config: Config) -> Corpus:
     """The corpus of a run, if it is still the text that the run was trained on."""
-    saved = _digest_of_text(folder)
     corpus = open_corpus(config.data)
-    if corpus.digest != saved:
+    _check_digest(folder, config, corpus.digest)
+    return corpus
+
+
+def _check_digest(folder: RunFolder, config: Config, digest: str) -> None:
+    saved = _digest_of_text(folder)
+    if digest != saved:
         raise DataError(
             f"{config.data.corpus} is not the text that {folder.path} was trained on "
-            f"({saved[:12]}… then, {corpus.digest[:12]}… now)",
+            f"({saved[:12]}… then, {digest[:12]}… now)",
             "what it was trained on may stand in this one's held-out splits; --text=FILE scores "
             "any text")
-    return corpus

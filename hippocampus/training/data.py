@@ -135,7 +135,7 @@ def read_data(config: Config) -> RunData:
     """
     data: RunData
     if task_of(config.data):
-        data = make_recall_data(config.data)
+        data = make_recall_data(config)
         _check_prompt(config, data.tokenizer)
     else:
         data = _read_text(config)

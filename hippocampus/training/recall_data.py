@@ -17,7 +17,12 @@ from hippocampus.data.synthetic import Examples, make_examples
 from hippocampus.data.tokenizers import Tokenizer, id_tokenizer
 from hippocampus.evaluation.evaluate import Evaluation, evaluate
 from hippocampus.evaluation.held_out import HeldOutText
-from hippocampus.evaluation.recall_text import RecallText, recall_lines, recall_text
+from hippocampus.evaluation.recall_text import (
+    RECALL_NOTE,
+    RecallText,
+    recall_lines,
+    recall_text,
+)
 from hippocampus.evaluation.report import Windows
 from hippocampus.training.run_data import RunData
 
@@ -63,7 +68,7 @@ class RecallData(RunData):
 
     def line_notes(self) -> tuple[str, ...]:
         """What was counted for the lines."""
-        return ("the unigram line counts answers of training examples, with 1 added to each id",)
+        return (RECALL_NOTE,)
 
     def describe(self, config: Config) -> tuple[str, ...]:
         """What there is to read, in lines for a person."""
@@ -82,9 +87,15 @@ class RecallData(RunData):
             "validation_unknown": 0}, indent=2) + "\n"
 
 
-def make_recall_data(data: DataConfig) -> RecallData:
-    """Makes the examples of a task; 24 million tokens take some seconds."""
+def make_recall_data(config: Config) -> RecallData:
+    """Makes the examples of a task; 24 million tokens take some seconds.
+
+    Raises:
+      ConfigError: no held-out examples fit into a window.
+    """
+    data = config.data
     tokenizer = id_tokenizer(data.recall.vocab_size)
     train = tuple(make_examples(task_of(data), data.recall, "train", kind, np.arange(n))
                   for kind, n in zip(train_kinds(data.recall), data.recall.examples, strict=True))
-    return RecallData(data, tokenizer, train, recall_text(data, "validation", tokenizer))
+    held_out = recall_text(data, "validation", tokenizer, Windows.of(config).context)
+    return RecallData(data, tokenizer, train, held_out)
