@@ -31,6 +31,7 @@ def get_config(model: str = "hybrid") -> ConfigDict:
     config.model.n_heads = 2
     config.model.ssm.expansion = 2.0
     config.model.hopfield.depth_schedule = (1,)
+    config.model.hopfield.rope = model == "hopfield"  # nothing else tells it what stood before
     config.model.segments.train = 1
     config.model.segments.weights = (1.0,)
     config.loss.backend = "chunked"  # many processes share a device's memory

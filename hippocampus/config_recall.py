@@ -91,10 +91,16 @@ def check_recall(data: DataConfig) -> None:
 
 
 def _check_kind(task: str, recall: RecallConfig, kind: Kind) -> None:
-    least, ids = least_length(task, recall, kind.pairs), recall.vocab_size // 2 - 2
-    if kind.length < least:
+    length, ids = least_length(task, recall, kind.pairs), _least_ids(task, recall, kind.pairs)
+    if kind.length < length:
         raise ConfigError(f"{task} with {kind.pairs} pairs does not fit into {kind.length} tokens",
-                          f"data.recall: it needs {least}")
-    if kind.pairs + extra_events(task, recall, kind.pairs)[0] > ids:
-        raise ConfigError(f"data.recall.vocab_size = {recall.vocab_size} has too few ids for "
-                          f"{task} with {kind.pairs} pairs", f"at most {ids} bindings")
+                          f"data.recall: it needs {length}")
+    if recall.vocab_size < ids:
+        raise ConfigError(f"data.recall.vocab_size = {recall.vocab_size} is too small for {task} "
+                          f"with {kind.pairs} pairs", f"it needs {ids}")
+
+
+def _least_ids(task: str, recall: RecallConfig, pairs: int) -> int:
+    if task in ("mqar", "noisy"):  # keys are one half, values the other; some are left as filler
+        return 2 * (pairs + extra_events(task, recall, pairs)[0]) + 4
+    return pairs + 2 if task == "induction" else 3

@@ -67,7 +67,7 @@ def test_lines_are_those_of_answers(run):
 
 
 def test_another_task_does_not_go_on_with_the_run(run):
-    with pytest.raises(ConfigError, match="data.recall.seed"):
+    with pytest.raises(ConfigError, match=r"data\.recall\.seed"):
         fit(config(data__recall__seed=1), run)
     data = read_data(config(data__recall__seed=1))
     with pytest.raises(ConfigError, match="another text"):
@@ -103,7 +103,10 @@ def test_packed_examples_do_not_see_each_other():
     params = jax.jit(model.init)(jax.random.key(0), batch.tokens_BT)["params"]
     forward = jax.jit(lambda batch: model.apply({"params": params}, batch, method="forward")[0])
     together = forward(batch)
-    cut = lambda array, part: array[:, part * 6:part * 6 + 6]
+
+    def cut(array, part):
+        return array[:, part * 6:part * 6 + 6]
+
     for part in range(2):
         alone = Batch(cut(batch.tokens_BT, part), cut(batch.targets_BT, part),
                       cut(batch.loss_weight_BT, part))
