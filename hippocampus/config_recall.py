@@ -60,6 +60,12 @@ def least_length(task: str, recall: RecallConfig, pairs: int) -> int:
     return {"induction": 3, "selective_copy": 2, "delayed_copy": 2}[task] * pairs
 
 
+def fits(task: str, recall: RecallConfig, kind: Kind) -> bool:
+    """Whether there are examples of this kind."""
+    return (kind.length >= least_length(task, recall, kind.pairs)
+            and recall.vocab_size >= _least_ids(task, recall, kind.pairs))
+
+
 def check_recall(data: DataConfig) -> None:
     """Refuses settings of a task that have no examples.
 
