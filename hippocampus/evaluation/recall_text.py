@@ -61,6 +61,24 @@ class RecallText(HeldOutText):
             raise ConfigError(f"no example fits into a context of {context}", "raise it")
         return RecallWindows(fitting, context, batch_size, max_windows)
 
+    def whole_windows(self, context: int, batch_size: int, max_windows: int) -> RecallWindows:
+        """Rows that are full, of every kind that fits, in batches that are all full.
+
+        Args:
+          context: T, tokens in a row.
+          batch_size: rows in a batch at most.
+          max_windows: at most so many rows, an equal share of every kind; 0 = all.
+        """
+        cut = self.windows(context, 0, batch_size)
+        per_row = [context // e.kind.length for e in cut.examples]
+        most = max(1, max_windows // len(per_row)) if max_windows else 2**62
+        rows = [min(most, len(e) // n) for e, n in zip(cut.examples, per_row, strict=True)]
+        batch_size = min(batch_size, *(n for n in rows if n))
+        return RecallWindows(
+            tuple(Examples(e.kind, e.tokens_NL[:kept], e.answers_NL[:kept])
+                  for e, n, k in zip(cut.examples, rows, per_row, strict=True)
+                  if (kept := n // batch_size * batch_size * k)), context, batch_size)
+
     def of_kinds(self, kinds: Sequence[Kind]) -> RecallText:
         """The same with some kinds only."""
         return _text(self.name, self.digest, self.split, self.tokenizer,

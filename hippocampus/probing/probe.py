@@ -25,10 +25,12 @@ from jaxtyping import Array, Bool
 from hippocampus.config import PATHS, Config
 from hippocampus.data.batches import Batch
 from hippocampus.data.evaluation_windows import EvaluationWindows
+from hippocampus.data.recall_rows import RecallWindows
 from hippocampus.data.tokenizers import Tokenizer
 from hippocampus.errors import ConfigError
 from hippocampus.evaluation.held_out import HeldOutText
 from hippocampus.evaluation.metrics import bits_per_byte
+from hippocampus.evaluation.recall_text import RecallText
 from hippocampus.evaluation.report import Windows
 from hippocampus.evaluation.result_table import Protocol
 from hippocampus.evaluation.stand_alone import (
@@ -71,7 +73,7 @@ class Probe:
     run: Path
     lm: LanguageModel
     text: HeldOutText
-    windows: EvaluationWindows
+    windows: EvaluationWindows | RecallWindows
     lines: dict[str, float]
     protocol: Protocol
     seed: int = 0
@@ -228,7 +230,7 @@ def open_probe(
     average = "both" if is_export(folder.path) else "ema" if config.ema.decay else "raw"
     request = Request(split, text, step, weights or average, context, 0, batch_size)
     asked = choose_windows(config, request)
-    cut: list[EvaluationWindows] = []
+    cut: list[Any] = []
 
     def scored(text: HeldOutText) -> Bool[np.ndarray, " m"]:
         cut.append(whole_windows(text, asked, max_windows))
@@ -243,7 +245,8 @@ def open_probe(
     return Probe(folder.path, lm, text_, windows, lines, protocol, seed, notes)
 
 
-def whole_windows(text: HeldOutText, asked: Windows, max_windows: int) -> EvaluationWindows:
+def whole_windows(text: HeldOutText, asked: Windows, max_windows: int,
+                  ) -> EvaluationWindows | RecallWindows:
     """Evenly spaced windows without any padding, in batches that are all full.
 
     Args:
@@ -251,6 +254,8 @@ def whole_windows(text: HeldOutText, asked: Windows, max_windows: int) -> Evalua
       asked: context, and windows in a batch at most.
       max_windows: 0 = as many as the text has.
     """
+    if isinstance(text, RecallText):
+        return text.whole_windows(asked.context, asked.batch_size, max_windows)
     context = min(asked.context, text.predictions)
     available = text.predictions // context
     wanted = min(max_windows or available, available)

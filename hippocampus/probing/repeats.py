@@ -71,7 +71,7 @@ def count_grams(keys: UInt64[np.ndarray, " k"], ids: Integer[np.ndarray, " m"], 
     """
     wanted, place = np.unique(keys, return_inverse=True)
     counts = np.zeros(len(wanted), np.int64)
-    for first in range(0, max(0, len(ids) - n + 1), _CHUNK):
+    for first in range(0, max(0, len(ids) - n + 1) if len(wanted) else 0, _CHUNK):
         part = np.asarray(ids[first:first + _CHUNK + n - 1]).astype(np.uint64)
         key = np.zeros(len(part) - n + 1, np.uint64)
         for i in range(n):

@@ -64,3 +64,4 @@ def test_counting_in_pieces_counts_what_stands_across_them(monkeypatch):
     monkeypatch.setattr("hippocampus.probing.repeats._CHUNK", 7)
     assert count_grams(keys, ids, 2, 3).tolist() == whole.tolist()
     assert whole.sum() == 99
+    assert count_grams(keys[:0], ids, 2, 3).tolist() == []

@@ -5,7 +5,8 @@ import json
 import jax
 import numpy as np
 import pytest
-import tiny_run
+import recall_run
+from recall_run import config
 
 from hippocampus.data.batches import Batch
 from hippocampus.errors import ConfigError
@@ -17,25 +18,10 @@ from hippocampus.training.data import read_data, with_steps
 from hippocampus.training.loop import fit
 from hippocampus.training.recall_data import RecallData
 
-COPY = {
-    "data__corpus": "recall:delayed_copy", "data__tokenizer": "ids", "data__documents": "packed",
-    "data__context": 12, "data__recall__vocab_size": 16, "data__recall__lengths": (6,),
-    "data__recall__pairs": (1,), "data__recall__examples": (3000,),
-    "data__recall__test_lengths": (6, 12, 24), "data__recall__test_pairs": (1, 1, 1),
-    "data__recall__test_examples": 60, "sample__prompt": "5 0 0 0 1",
-    "sample__max_new_tokens": 1, "train__steps": 100, "train__batch_size": 32,
-    "eval__every_steps": 50, "optimizer__warmup_steps": 10}
-"""One id, filler, then a mark at which it is asked for."""
-
-
-def config(**changes):
-    return tiny_run.config(**{**COPY, **changes})
-
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A finished run of a model with attention."""
-    return fit(config(), tmp_path_factory.mktemp("runs") / "copy")
+def run():
+    return recall_run.trained()
 
 
 def last(run, name):
