@@ -238,12 +238,12 @@ def _measured(label: str, row: Mapping[str, Any], prefix: str, config: Config,
               data: Mapping[str, Any]) -> Measurement | None:
     """The averaged weights (raw where there are none) of an evaluation that training wrote."""
     loss, bits = row.get(f"{prefix}/loss"), row.get(f"{prefix}/bits_per_byte")
-    if loss is None or not bits:
+    if loss is None:
         return None
     per_word = row.get(f"{prefix}/word_perplexity")
     context = row.get("context") or config.eval.context or config.data.context
     return Measurement(
-        label, loss, bytes_per_token=loss / (math.log(2) * bits),
+        label, loss, bytes_per_token=loss / (math.log(2) * bits) if bits else None,
         words_per_token=loss / math.log(per_word) if per_word and per_word > 1 else None,
         tokenizer=str(data.get("tokenizer")), text=f"{data.get('sha256')}:validation",
         context=context, stride=row.get("stride") or config.eval.stride or context,
