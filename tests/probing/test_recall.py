@@ -92,7 +92,7 @@ def test_the_loss_of_a_text_is_split_by_what_the_window_has_had_before(text):
     probe, result, compilations = text
     rows = rows_of(result)
     for n in (2, 6):
-        hits, other = (rows[f"{name}, {n}-grams", "all"] for name in ("hits", "other"))
+        hits, other = (rows[f"{name}, {n}-grams", "all"] for name in ("AR hits", "AR misses"))
         assert hits["tokens"] == by_hand(probe, n).sum()
         assert hits["tokens"] + other["tokens"] == probe.windows.n_targets
         assert hits["share"] + other["share"] == pytest.approx(1)
@@ -110,7 +110,7 @@ def test_damage_of_both_classes_adds_up_to_that_of_the_whole(text):
     for i, variant in enumerate(chosen[1:], 1):
         mask = recall.path_masks(chosen, probe.n_layers)[i]
         whole = probe.measure(Interventions(path_mask_LP=mask)).minus(probe.baseline)
-        parts = [rows[f"{name}, 2-grams", variant.name] for name in ("hits", "other")]
+        parts = [rows[f"{name}, 2-grams", variant.name] for name in ("AR hits", "AR misses")]
         assert sum(row["share"] * (row["delta"] or 0) for row in parts) == pytest.approx(
             whole.nats, abs=1e-5)
 

@@ -24,6 +24,7 @@ from hippocampus.data.batches import Batch
 from hippocampus.data.corpora import open_corpus
 from hippocampus.data.shards import token_split
 from hippocampus.errors import DataError
+from hippocampus.evaluation.metrics import perplexity
 from hippocampus.evaluation.ngrams import MAX_COUNTED
 from hippocampus.evaluation.recall_text import recall_text
 from hippocampus.evaluation.result_table import Column, ResultTable
@@ -216,7 +217,8 @@ def _of_text(probe: Probe) -> SuiteResult:
     rows: list[Row] = []
     for n in orders:
         hit_WT, weight_WT = _hits(probe, ids, n)
-        for name, of_class_WT in ((f"hits, {n}-grams", hit_WT), (f"other, {n}-grams", ~hit_WT)):
+        for name, of_class_WT in ((f"AR hits, {n}-grams", hit_WT),
+                                  (f"AR misses, {n}-grams", ~hit_WT)):
             rows += _class_rows(name, n, nll_MWT, weight_WT * of_class_WT, weight_WT, chosen)
     return SuiteResult("recall", TITLE, (_text_table(probe, rows, len(ids)),), (
         _text_plot(rows, chosen),))
@@ -257,6 +259,7 @@ def _class_rows(name: str, n: int, nll_MWT: np.ndarray, weight_WT: np.ndarray, a
             "name": name, "category": "recall", "path": variant.name, "order": n,
             "share": float(tokens / all_WT.sum()), "tokens": int(tokens),
             "loss": found.loss if tokens else None,
+            "perplexity": perplexity(found.loss) if tokens else None,
             "delta": damage.nats if damage else None,
             "delta_stderr": damage.standard_error if damage else None})
     return rows
@@ -270,8 +273,9 @@ def _text_table(probe: Probe, rows: Sequence[Row], counted: int) -> ResultTable:
     return ResultTable(
         "split", "Loss where the context has the answer, and elsewhere", columns, tuple(rows),
         (probe.protocol,), (
-            "hits: the n-gram that ends here has ended before in the document's part of the window "
-            f"and occurs at most {FREQUENT:,} times in the training text ({counted:,} tokens)",))
+            "AR hits: the n-gram that ends here has ended before in the document's part of the "
+            f"window and occurs at most {FREQUENT:,} times in the training text ({counted:,} "
+            "tokens)",))
 
 
 def _text_plot(rows: Sequence[Mapping[str, Any]], chosen: Sequence[Variant]) -> Plot:
@@ -295,5 +299,5 @@ def _text_plot(rows: Sequence[Mapping[str, Any]], chosen: Sequence[Variant]) -> 
 
     return Plot("split", "What each path is worth where the context has the answer",
                 "Rise of the loss without a path, on predictions whose n-gram the window has had "
-                "before (hits) and on all others; the other gates are brought to a sum of 1, bars "
-                "are standard errors over windows.", themed_svg(draw))
+                "before (AR hits) and on all others; the other gates are brought to a sum of 1, "
+                "lines are standard errors over windows.", themed_svg(draw))
