@@ -47,6 +47,10 @@ class OutOfMemoryError(HippocampusError):
     exit_code = EXIT_USAGE
 
 
+class Diverged(HippocampusError):
+    """Training does not recover: the settings are at fault, not what is around them."""
+
+
 class Stopped(HippocampusError):
     """A signal stopped the run and everything is saved: start it again to go on."""
 

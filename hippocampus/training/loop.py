@@ -24,7 +24,7 @@ from hippocampus.config_files import fields, to_json
 from hippocampus.data.batches import Batch
 from hippocampus.data.prefetch import prefetch
 from hippocampus.devices import check_deterministic, resolve
-from hippocampus.errors import HippocampusError, Stopped
+from hippocampus.errors import Diverged, HippocampusError, Stopped
 from hippocampus.files import write_atomically
 from hippocampus.models.build_model import build_model
 from hippocampus.runs.checkpoints import Checkpoints
@@ -345,7 +345,7 @@ def _go_back(run: Run, state: TrainState, n: int, rollbacks: Rollbacks) -> NoRet
         except OSError as error:
             run.console.say(f"warning: {path} could not be written: {error.strerror}")
     if len(rollbacks.records) >= run.config.guard.max_rollbacks:
-        raise HippocampusError(
+        raise Diverged(
             f"training does not recover: {run.in_a_row} steps in a row up to step {run.seen} had "
             f"to be skipped, after {len(rollbacks.records)} roll-backs; {path} has the numbers",
             "lower optimizer.learning_rate, or raise guard.max_rollbacks to go on")
