@@ -8,9 +8,12 @@ adds runs. What stands in a folder is always of one config: another one is refus
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,8 +162,6 @@ def train(study: Study, say: Callable[[str], None],
     Raises:
       Stopped: by a signal, with everything saved.
     """
-    import jax
-
     runs, failed = list(study.runs()), {}
     for i, (cell, seed) in enumerate(runs, start=1):
         if study.finished(cell, seed):
@@ -171,9 +172,38 @@ def train(study: Study, say: Callable[[str], None],
         except Diverged as error:
             say(f"warning: {cell.title}, seed {seed}: {error.message}")
             failed[cell.name, seed] = "training did not recover"
-        jax.clear_caches()  # every run compiles its own functions
-        gc.collect()
+        gc.collect()  # the state of a run is part of cycles, and the next one needs the memory
     return failed
+
+
+@contextlib.contextmanager
+def compiled_once(folder: Path) -> Iterator[None]:
+    """A context in which what one run compiled, the same cell's other seeds read from a folder.
+
+    Each process has a folder of its own in it, so that nobody reads what a killed one left half
+    written. Whoever has chosen a folder for JAX already keeps it.
+    """
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    place = "jax_compilation_cache_dir"
+    settings = {place: str(folder / str(os.getpid())),
+                "jax_persistent_cache_min_compile_time_secs": 0.1}
+    before = {name: getattr(jax.config, name) for name in settings}
+    if before[place]:
+        yield
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def as_trained(config: Config, vocab_size: int, steps: int) -> Config:
