@@ -7,11 +7,16 @@ paths trained alone, often many times over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import jax.numpy as jnp
+
+from hippocampus.config import PATHS
 from hippocampus.evaluation.result_table import Protocol
+from hippocampus.models.interventions import Interventions
 from hippocampus.probing.ablation.cells import Study
+from hippocampus.probing.probe import Probe, open_probe
 
 
 @dataclass(frozen=True)
@@ -33,5 +38,34 @@ class Knockout:
 
 
 def measure(study: Study, say: Callable[[str], None], max_windows: int = 0) -> tuple[Knockout, ...]:
-    """Masks the paths of every finished whole model."""
-    return ()
+    """Masks paths of every finished whole model, for every subset that is a cell.
+
+    Args:
+      study: its folder's lock is held.
+      say: prints a line.
+      max_windows: of the validation split, evenly spaced; 0 = all.
+
+    Returns:
+      One per whole cell and finished seed; none for a grid without subsets of the paths.
+    """
+    found = []
+    for whole in dict.fromkeys(cell.whole for cell in study.grid.cells if cell.whole):
+        subsets = [cell.paths for cell in study.grid.cells
+                   if whole in (cell.name, cell.whole) and not cell.match]
+        for seed in study.grid.seeds:
+            if study.finished(study.grid[whole], seed):
+                say(f"=== knock-outs of {whole}, seed {seed}")
+                probe = open_probe(study.folder(study.grid[whole], seed).path,
+                                   max_windows=max_windows)
+                found.append(Knockout(whole, seed, {paths: losses(probe, paths)
+                                                    for paths in subsets}, probe.protocol))
+    return tuple(found)
+
+
+def losses(probe: Probe, kept: Sequence[str]) -> tuple[float, float]:
+    """Nats per token with some paths only: gates renormalised, and gates as they were."""
+    mask_P = jnp.array([path in kept for path in PATHS], jnp.float32)
+    mask_LP = jnp.tile(mask_P, (probe.n_layers, 1))
+    renormalised, raw = (probe.measure(Interventions(path_mask_LP=mask_LP, renormalize=sums_to_1))
+                         for sums_to_1 in (True, False))
+    return renormalised.loss, raw.loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def write_csv(folder: Path, findings: Findings, knockouts: tuple[Knockout, ...],
       The two files.
     """
     made = {"config": findings.grid.name, "version": about.get("version"),
-            "commit": about.get("commit"), "command": " ".join(about.get("command") or ())}
+            "commit": about.get("commit"), "command": shlex.join(about.get("command") or ())}
     cells = [{**_cell(findings, result), **made} for result in findings.results]
     runs = [{**_run(findings, result, run, knockouts), **made}
             for result in findings.results for run in result.runs]

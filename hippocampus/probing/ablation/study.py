@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hippocampus.errors import DataError
+from hippocampus.errors import ConfigError, DataError
 from hippocampus.evaluation.tables import number, render
 from hippocampus.models.flops import training_flops_per_token
 from hippocampus.probing.ablation import cells, knockout, tables
@@ -72,27 +73,31 @@ def carry_out(study: Study, say: Callable[[str], None], target: float | None = N
       stop: see `hippocampus.training.loop.fit`.
 
     Raises:
-      ConfigError: the folder is in use or not an ablation's.
+      ConfigError: the folder is in use or not an ablation's, or a wrong argument.
       DataError: nothing usable to read, or nothing finished.
       Stopped: by a signal, with everything saved.
     """
     started = time.perf_counter()
+    if max_windows < 0:
+        raise ConfigError(f"--max_windows is {max_windows}", "it must be at least 0 (0 = all)")
+    if target is not None and not math.isfinite(target):
+        raise ConfigError(f"--target_loss is {target}", "give a finite number")
     lock = cells.lock(study)
     try:
         cells.read_texts(study)
         cells.begin(study)
         with cells.compiled_once(study.out / ".compiled"):
             failed = cells.train(study, say, stop)
+            knockouts = knockout.measure(study, say, max_windows)
         runs = read_finished(study)
         if not runs:
             raise DataError("no run of this ablation came to its end",
                             "lower optimizer.learning_rate")
-        knockouts = knockout.measure(study, say, max_windows)
         findings = find(study.grid, runs, knockouts, target)
         result = conclude(study, findings, knockouts, failed, time.perf_counter() - started)
         about = made_by(study)
         written = [*write_csv(study.out, findings, knockouts, about),
-                   write_suite(study.out, result, about)]
+                   write_suite(study.out, result, about), *_page(study, result, about)]
     finally:
         lock.release()
     return Outcome(result, tuple(written))
@@ -150,6 +155,19 @@ def made_by(study: Study) -> dict[str, Any]:
             "command": here["command"], "devices": here["devices"], "run": str(study.out),
             "config": study.grid.name, "step": None, "weights": "ema",
             "seed": study.grid.seeds[0], "seeds": list(study.grid.seeds), "date": now}
+
+
+def _page(study: Study, result: SuiteResult, about: dict[str, Any]) -> list[Path]:
+    try:
+        from hippocampus.probing.report import write_page
+    except ImportError:
+        return []
+    header = {name: about[name] for name in ("config", "commit", "version", "devices", "date",
+                                             "command")}
+    header |= {"cells": len(study.grid.cells), "seeds": about["seeds"],
+               "baseline": study.grid.baseline}
+    return [write_page(study.out / "report.html", result.title, header, [(result, about)],
+                       kicker="Ablation")]
 
 
 def _vocabulary(study: Study) -> int:

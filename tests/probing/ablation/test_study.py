@@ -3,18 +3,23 @@
 import csv
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 import tiny_run
 from jax.experimental.compilation_cache import compilation_cache
 
 from hippocampus.config_files import defaults
+from hippocampus.data.batches import ShuffledWindows
 from hippocampus.errors import ConfigError
 from hippocampus.probing.ablation.grid import make_grid
 from hippocampus.probing.ablation.study import carry_out, prepare
@@ -22,8 +27,9 @@ from hippocampus.probing.results import read_suite
 from hippocampus.runs.run_folder import RunFolder, RunLock
 
 OVER = "model.mlp.width=16,24"
-CHANGES = {"train.steps": 12, "eval.every_steps": 4, "checkpoint.every_steps": 3,
-           "log.every_steps": 1, "sample.max_new_tokens": 1}
+CHANGES = {"train.steps": 12, "eval.every_steps": 4, "checkpoint.every_steps": 1000,
+           "log.every_steps": 1, "sample.max_new_tokens": 1, "guard.patience": 2,
+           "guard.max_rollbacks": 0}
 TIMES = ("seconds", "commit", "version", "command", "devices", "trained_by", "run")
 
 
@@ -44,8 +50,9 @@ def quiet():
 def compiled_for_all():
     """What one process of this module compiled, the others read, as all runs compile the same."""
     settings = {"jax_compilation_cache_dir": str(tiny_run.folder() / "compiled"),
-                "jax_persistent_cache_min_compile_time_secs": 0}
-    before = {name: getattr(jax.config, name) for name in settings}
+                "jax_persistent_cache_min_compile_time_secs": 0,
+                "jax_disable_most_optimizations": True}  # they take longer than the runs
+    before = {name: getattr(jax.config, name, False) for name in settings}
     for values in (settings, before):
         for name, value in values.items():
             jax.config.update(name, value)
@@ -84,7 +91,9 @@ class Started:
     def __init__(self, arguments: list[str]):
         self.lines: list[str] = []
         self.process = subprocess.Popen(arguments, text=True, stdout=subprocess.PIPE,
-                                        stderr=subprocess.STDOUT, env=tiny_run.environment())
+                                        stderr=subprocess.STDOUT, env={
+                                            **tiny_run.environment(),
+                                            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
         threading.Thread(target=lambda: self.lines.extend(self.process.stdout),
                          daemon=True).start()
 
@@ -149,6 +158,40 @@ def test_a_finished_ablation_is_read_and_not_trained(uninterrupted, quiet):
     said: list[str] = []
     carry_out(study(out), said.append)
     assert said == [] and rows(out, "runs.csv") == before
+
+
+def test_more_seeds_are_added_and_one_that_does_not_recover_stops_no_other(
+        uninterrupted, tmp_path, quiet, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(uninterrupted[0], out)
+    real = ShuffledWindows.batch
+
+    def batch(self, step, rows=None):
+        """The batches of the third seed are broken from the sixth step on."""
+        made = real(self, step, rows)
+        broken = self.seed == 2 and step > 4
+        return made.replace(loss_weight_BT=made.loss_weight_BT * np.nan) if broken else made
+
+    monkeypatch.setattr(ShuffledWindows, "batch", batch)
+    result = carry_out(study(out, seeds=3), quiet).result
+    assert result.notes == tuple(f"width={width}, seed 2: training did not recover; it is in no "
+                                 "number" for width in (16, 24))
+    assert rows(out, "runs.csv") == rows(uninterrupted[0], "runs.csv")
+    assert json.loads((out / "grid.json").read_text())["seeds"] == [0, 1, 2]
+
+
+@pytest.mark.full
+def test_an_ablation_killed_at_random_moments_ends_with_the_same_tables(uninterrupted, tmp_path,
+                                                                        quiet):
+    out, draw = tmp_path / "out", random.Random()
+    for _ in range(8):
+        killed = Started(command(out))
+        time.sleep(draw.uniform(0.5, 9))
+        if killed.process.poll() is None:
+            assert killed.end(signal.SIGKILL) == -9
+    carry_out(study(out), quiet)
+    for file in ("ablation.csv", "runs.csv"):
+        assert rows(out, file) == rows(uninterrupted[0], file)
 
 
 @pytest.mark.parametrize(("changes", "words"), [
