@@ -14,7 +14,7 @@ import gc
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from hippocampus.files import check_writable, read_object, write_atomically
 from hippocampus.probing.ablation.grid import Cell, Grid
 from hippocampus.runs.run_folder import RunFolder, RunLock, environment
 from hippocampus.training.check import describe
-from hippocampus.training.data import TrainingData, read_data
+from hippocampus.training.data import read_data
 from hippocampus.training.loop import fit
 from hippocampus.training.signals import StopSignal
 
@@ -112,26 +112,28 @@ def check(study: Study) -> None:
             _check_same(folder, study.grid.config(cell, seed))
 
 
-def read_texts(study: Study) -> dict[str, TrainingData]:
-    """The text of every cell that has runs to train; cells of one text share it.
+def read_texts(study: Study) -> None:
+    """Reads what every cell with runs to train is trained on; cells of one text share it.
 
     Raises:
-      DataError: nothing usable to read, or finished runs of the same cell's text read another one.
+      ConfigError: finished runs of the same corpus read another text.
+      DataError: nothing usable to read.
     """
-    texts: dict[Any, TrainingData] = {}
+    texts: dict[Any, dict[str, Any]] = {}
     found = {}
     for cell in study.grid.cells:
         if all(study.finished(cell, seed) for seed in study.grid.seeds):
             continue
         config = cell.config
         key = (config.data, config.eval, config.train.batch_size, config.sample.prompt)
-        found[cell.name] = texts[key] if key in texts else texts.setdefault(key, read_data(config))
+        if key not in texts:
+            texts[key] = json.loads(read_data(config).record())
+        found[cell.name] = texts[key]
     for cell, seed in study.runs():
         if study.finished(cell, seed):
-            for other, data in found.items():
+            for other, record in found.items():
                 if study.grid[other].config.data == cell.config.data:
-                    _check_same_text(study.folder(cell, seed), data)
-    return found
+                    _check_same_text(study.folder(cell, seed), record)
 
 
 def begin(study: Study) -> None:
@@ -240,12 +242,11 @@ def _makes_no_difference(name: str) -> bool:
                for entry in _MAKES_NO_DIFFERENCE)
 
 
-def _check_same_text(folder: RunFolder, data: TrainingData) -> None:
+def _check_same_text(folder: RunFolder, now: Mapping[str, Any]) -> None:
     saved = read_object(folder.data, "restore it from a copy, or remove that run")
-    for what, digest in (("sha256", data.corpus.digest), ("tokenizer", data.tokenizer.digest)):
-        if saved.get(what) != digest:
-            name = "text" if what == "sha256" else what
+    for key, what in (("sha256", "text"), ("tokenizer", "tokenizer")):
+        if saved.get(key) != now.get(key):
             raise ConfigError(
-                f"{folder.path} was trained on another {name} ({str(saved.get(what))[:12]}… then, "
-                f"{digest[:12]}… now)", "choose another --out (the pydoc corpus follows the "
-                "version of Python)")
+                f"{folder.path} was trained on another {what} ({str(saved.get(key))[:12]}… then, "
+                f"{str(now.get(key))[:12]}… now)", "choose another --out (the pydoc corpus follows "
+                "the version of Python)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -36,6 +35,8 @@ class CellRun:
       step: that the final evaluation is of: the one with the lowest eval/loss.
       losses: unit -> (averaged weights, raw weights) of the final evaluation, over all of the
         validation split.
+      accuracy: share of the predictions that are right, of the averaged weights; None where it was
+        not measured.
       lines: count-based models by name: nats per token on the same text.
       bytes_per_token: of that text; None where bytes mean nothing.
       worse_than_unigram: whether counting tokens beats it; None where nobody counted.
@@ -52,6 +53,7 @@ class CellRun:
     config: Config
     step: int
     losses: Mapping[str, tuple[float, float]]
+    accuracy: float | None
     lines: Mapping[str, float]
     bytes_per_token: float | None
     worse_than_unigram: bool | None
@@ -117,7 +119,8 @@ def _read(folder: RunFolder, cell: str, seed: int) -> CellRun:
         counted = next(row["worse_than_unigram"] for row in reversed(models))
         model = build_model(config)
         return CellRun(
-            cell, seed, folder.path, config, int(results["step"]), losses, lines,
+            cell, seed, folder.path, config, int(results["step"]), losses,
+            results.get("final/accuracy"), lines,
             text["bytes"] / text["tokens"] if text.get("bytes") else None, counted, protocol,
             read_metrics(folder.metrics), count_parameters(model),
             training_flops_per_token(config), _environment(folder))
@@ -135,8 +138,3 @@ def _environment(folder: RunFolder) -> dict[str, Any]:
 def _number(value: Any) -> float:
     """null stands for what is not finite."""
     return math.nan if value is None else float(value)
-
-
-def merge(protocol: Protocol, seeds: int) -> Protocol:
-    """The protocol of a mean over seeds."""
-    return dataclasses.replace(protocol, seeds=seeds)

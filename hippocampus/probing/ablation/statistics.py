@@ -27,11 +27,16 @@ class Summary:
 
 
 def summarize(values: Sequence[float]) -> Summary | None:
-    """Mean and standard deviation over seeds; None where there is no value."""
+    """Mean and standard deviation over seeds; None where there is no value.
+
+    Both are not a number where one of the values is none, or infinite.
+    """
     if not values:
         return None
-    mean = math.fsum(values) / len(values)
-    return Summary(len(values), mean, statistics.stdev(values) if len(values) > 1 else None)
+    if not all(map(math.isfinite, values)):
+        return Summary(len(values), math.nan, math.nan if len(values) > 1 else None)
+    return Summary(len(values), statistics.fmean(values),
+                   statistics.stdev(values) if len(values) > 1 else None)
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,10 @@ def paired_test(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Paire
     if not seeds:
         return None
     differences = [ours[seed] - theirs[seed] for seed in seeds]
-    mean = math.fsum(differences) / len(differences)
-    if len(seeds) < 2 or not all(map(math.isfinite, differences)):
+    if not all(map(math.isfinite, differences)):
+        return PairedTest(len(seeds), math.nan)
+    mean = statistics.fmean(differences)
+    if len(seeds) < 2:
         return PairedTest(len(seeds), mean)
     if len(set(differences)) == 1:  # no spread to divide by
         return PairedTest(len(seeds), mean, mean, mean, 0.0 if mean else 1.0)

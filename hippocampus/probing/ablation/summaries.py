@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +36,7 @@ class CellResult:
       unit: of every loss here.
       loss, raw: of the averaged and of the raw weights; None where nothing is finished.
       bits_per_byte: of the averaged weights; None where bytes mean nothing.
+      accuracy: of the averaged weights; None where it was not measured.
       test: loss against the baseline's; None for the baseline and without runs.
       p_holm: its p-value for as many comparisons as there are.
       knockout, knockout_raw: the whole model without the paths that this cell lacks, gates of the
@@ -50,6 +50,7 @@ class CellResult:
     loss: Summary | None
     raw: Summary | None
     bits_per_byte: Summary | None
+    accuracy: Summary | None
     test: PairedTest | None
     p_holm: float | None
     knockout: Summary | None
@@ -139,6 +140,7 @@ def _result(cell: Cell, runs: tuple[CellRun, ...], unit: str, baseline: Mapping[
         cell, runs, unit, summarize([averaged for averaged, _ in ours.values()]),
         summarize([raw for _, raw in ours.values()]),
         summarize([run.losses[BITS][0] for run in runs if BITS in run.losses]),
+        summarize([run.accuracy for run in runs if run.accuracy is not None]),
         paired_test({seed: loss for seed, (loss, _) in ours.items()}, baseline), None,
         summarize([loss for loss, _ in cut]), summarize([raw for _, raw in cut]),
         {seed: found for seed, found in reached.items() if found is not None})
@@ -201,8 +203,3 @@ def _size_fields(grid: Grid, parameters: Callable[[Config], int]) -> set[str]:
     counts = {cell.name: parameters(cell.config) for cell in grid.cells}
     return {axis for axis in grid.axes for a in grid.cells for b in grid.cells
             if others(a, axis) == others(b, axis) and counts[a.name] != counts[b.name]}
-
-
-def finite(summary: Summary | None) -> float | None:
-    """The mean, where there is one."""
-    return summary.mean if summary and math.isfinite(summary.mean) else None

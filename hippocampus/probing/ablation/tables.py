@@ -25,6 +25,8 @@ def loss_table(findings: Findings) -> ResultTable:
                Column("raw", "raw"), Column("raw_sd", "± sd")]
     if findings.unit == NATS and any(result.bits_per_byte for result in findings.results):
         columns.append(Column("bits", "loss", "bits/byte"))
+    if any(result.accuracy for result in findings.results):
+        columns += [Column("accuracy", "accuracy"), Column("accuracy_sd", "± sd")]
     rows = [_loss_row(result) for result in findings.results]
     return ResultTable("losses", f"retrained: validation loss of {findings.grid.name}",
                        tuple(columns), (*rows, *_lines(findings)), protocols(findings),
@@ -185,7 +187,8 @@ def sd(summary: Summary | None) -> float | None:
 def _loss_row(result: CellResult) -> dict[str, Any]:
     row = {"name": result.cell.title, "seeds": len(result.runs), "loss": mean(result.loss),
            "loss_sd": sd(result.loss), "raw": mean(result.raw), "raw_sd": sd(result.raw),
-           "bits": mean(result.bits_per_byte),
+           "bits": mean(result.bits_per_byte), "accuracy": mean(result.accuracy),
+           "accuracy_sd": sd(result.accuracy),
            "category": "matched" if result.cell.match else "retrained"}
     return {**row, FLAG: "!"} if result.worse_than_unigram else row
 
@@ -220,6 +223,10 @@ def _loss_notes(findings: Findings) -> list[str]:
     grid = findings.grid
     notes = ["loss: averaged weights of each run's best checkpoint (lowest loss while training), "
              "over the whole validation split; ± sd: over seeds"]
+    rates = {run.protocol.unknown_rate for run in findings.runs}
+    if findings.unit != NATS and max(rates, default=0.0) > 0:
+        notes.append(f"up to {max(rates):.2%} of the tokens are <unk>, which is easier than the "
+                     "word it stands for: such rows are too low")
     notes += grid.notes
     for what, values in (("devices", {_devices(run) for run in findings.runs}),
                          ("versions", {str(run.environment.get("commit")) for run in

@@ -21,6 +21,13 @@ def test_one_seed_has_no_standard_deviation_and_none_has_nothing():
     assert summarize([]) is None
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_seed_that_is_not_finite_makes_both_not_a_number(broken):
+    found = summarize([2.0, broken])
+    assert math.isnan(found.mean) and math.isnan(found.sd)
+    assert math.isnan(summarize([broken]).mean)
+
+
 def test_paired_test_is_students_on_the_differences():
     # For two degrees of freedom the t distribution has a closed form: p = 1 - t / sqrt(2 + t^2).
     theirs = {0: 10.0, 1: -3.0, 2: 0.5}
