@@ -24,6 +24,11 @@ LOSSES = {"full": (2.0, 2.1, 2.2), "ssm+hop": (2.1, 2.3, 2.6), "ssm+attn": (2.0,
           "attn": (2.3, None, 2.4)}
 
 
+PROTOCOL = Protocol("planted", planted.DIGEST, "validation", 992, "bytes", "cd" * 32, 256, 16, 16,
+                    "joined", "ema", 12)
+"""Of the knock-outs: fewer tokens than the evaluation at the end has."""
+
+
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     return planted.study(tmp_path_factory.mktemp("paths"), planted.grid(), LOSSES)
@@ -31,12 +36,10 @@ def paths(tmp_path_factory):
 
 def knockouts(study):
     """Twice as bad as the retrained ones of the same paths; without renormalising a bit less."""
-    protocol = Protocol("planted", planted.DIGEST, "validation", 992, "bytes", "cd" * 32, 256, 16,
-                        16, "joined", "ema", 12)
     subsets = {cell.paths: cell.name for cell in study.grid.cells}
     return tuple(Knockout("full", seed, {
         subset: (2 * LOSSES[name][0] + i, 2 * LOSSES[name][0] + i - 0.25)
-        for subset, name in subsets.items()}, protocol) for i, seed in enumerate(study.grid.seeds))
+        for subset, name in subsets.items()}, PROTOCOL) for i, seed in enumerate(study.grid.seeds))
 
 
 def row(table, name):
@@ -92,6 +95,22 @@ def test_knockouts_stand_beside_the_retrained_losses(paths):
     assert len(lost.rows) == 6
     assert [p.tokens for p in table.protocols] == [1000, 1000, 992]  # three, two and three seeds
     assert all(row.get(FLAG) for row in table.rows)
+
+
+def test_every_whole_model_has_its_own_knockouts(tmp_path):
+    made = planted.grid("model.n_layers=1,2", paths=True, seeds=1,
+                        overrides={"model.paths": ("ssm", "attention")})
+    study = planted.study(tmp_path, made, {cell.name: (2.0,) for cell in made.cells})
+    cut = tuple(Knockout(f"full,n_layers={n}", 0, {
+        paths: (n + len(paths), n + 0.5) for paths in (("ssm", "attention"), ("ssm",),
+                                                       ("attention",))}, PROTOCOL)
+                for n in (1, 2))
+    found = find(made, read_finished(study), cut)
+    knocked = tables.knockout_tables(found, cut)
+    assert [table.name for table in knocked] == ["knockout", "lost", "knockout_1", "lost_1"]
+    assert "of full,n_layers=2" in knocked[2].title
+    assert [row(table, "ssm")["knockout"] for table in knocked[::2]] == [2.0, 3.0]
+    assert row(knocked[3], "attn")["lost_knockout"] == -1.0
 
 
 def test_speed_is_counted_to_what_the_worst_run_reaches(paths):
