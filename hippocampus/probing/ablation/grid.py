@@ -69,11 +69,10 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """For a table."""
-        if self.match:
-            what = {"parameters": "parameters", "flops": "FLOPs"}[self.match]
-            return self.name.replace(f"_same_{self.match}", f" (same {what})")
-        return self.name
+        """For a table, which breaks its lines at spaces."""
+        what = {"parameters": "parameters", "flops": "FLOPs"}.get(self.match, "")
+        name = self.name.replace(f"_same_{self.match}", f" (same {what})") if what else self.name
+        return name.replace(",", ", ")
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def _losses(findings: Findings, done: Sequence[CellResult]) -> Plot:
 
     return Plot("losses", "Validation loss of every cell",
                 "Dots: runs of single seeds; bars: their mean; dotted: the mean of "
-                f"{findings.grid.baseline}. Averaged weights, best checkpoint, whole split.",
+                f"{findings.baseline.cell.title}. Averaged weights, best checkpoint, whole split.",
                 themed_svg(picture, height=1.2 + 0.28 * len(done)))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from hippocampus.config import Config
 from hippocampus.probing.ablation import progress
-from hippocampus.probing.ablation.grid import Cell, Grid
+from hippocampus.probing.ablation.grid import Cell, Grid, value_text
 from hippocampus.probing.ablation.knockout import Knockout
 from hippocampus.probing.ablation.progress import Reached
 from hippocampus.probing.ablation.runs import BITS, NATS, CellRun, unit_of
@@ -188,8 +188,8 @@ def scaling_fits(findings: Findings, parameters: Callable[[Config], int]) -> lis
         for result in known:
             losses.setdefault(result.runs[0].parameters, []).extend(
                 run.losses[findings.unit][0] for run in result.runs)
-        label = [known[0].cell.title.partition(",")[0]] if paths else []
-        label += [f"{name.split('.')[-1]}={value}" for name, value in same]
+        label = [known[0].cell.title.partition(", ")[0]] if paths else []
+        label += [f"{name.split('.')[-1]}={value_text(value)}" for name, value in same]
         fits.append(ScalingFit(", ".join(label), tuple(known), fit_power_law(losses)))
     return fits
 

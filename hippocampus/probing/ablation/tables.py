@@ -35,9 +35,9 @@ def loss_table(findings: Findings) -> ResultTable:
 
 def difference_table(findings: Findings) -> ResultTable | None:
     """Whether what differs from the baseline does so beyond the seeds; None without a pair."""
-    base = findings.grid.baseline
+    base = findings.baseline.cell.title
     columns = (Column("name", "cell"), Column("pairs", "pairs"),
-               Column("difference", f"loss - {base}", findings.unit),
+               Column("difference", "difference", findings.unit),
                Column("interval", "95 % interval"), Column("p", "p"), Column("p_holm", "p (Holm)"))
     rows = [_difference_row(result) for result in findings.results if result.test]
     if not rows:
@@ -47,7 +47,7 @@ def difference_table(findings: Findings) -> ResultTable | None:
              f"{tests} comparison{'s' if tests != 1 else ''}"]
     if len(findings.grid.seeds) < 3:
         notes.append("fewer than three seeds: no difference here is established")
-    return ResultTable("differences", "retrained: differences", columns, tuple(rows),
+    return ResultTable("differences", f"retrained: differences from {base}", columns, tuple(rows),
                        protocols(findings), tuple(notes))
 
 
@@ -57,11 +57,11 @@ def knockout_tables(findings: Findings, knockouts: Sequence[Knockout]) -> list[R
     for i, whole in enumerate(dict.fromkeys(found.whole for found in knockouts)):
         members = [result for result in findings.results
                    if whole in (result.cell.name, result.cell.whole) and not result.cell.match]
-        ours = [found for found in knockouts if found.whole == whole]
-        seeds = [dataclasses.replace(found.protocol, step=None, seeds=len(ours)) for found in ours]
-        both = merged([*(p for result in members for p in _protocols(result)), *seeds])
+        ours = [found.protocol for found in knockouts if found.whole == whole]
+        cut = [dataclasses.replace(protocol, step=None, seeds=len(ours)) for protocol in ours]
+        both = merged([*_protocols(members), *cut])
         suffix = f"_{i}" if i else ""
-        of = "" if whole == findings.grid.baseline else f" of {whole}"
+        of = "" if whole == findings.grid.baseline else f" of {findings[whole].cell.title}"
         rows = _knockout_rows(members, findings[whole])
         tables.append(ResultTable(
             f"knockout{suffix}", f"knock-out beside retrained{of}",
@@ -74,7 +74,7 @@ def knockout_tables(findings: Findings, knockouts: Sequence[Knockout]) -> list[R
             f"lost{suffix}", f"what is lost without the other paths{of}",
             (Column("name", "paths"), Column("lost_retrained", "retrained", NATS),
              Column("lost_knockout", "knockout"), Column("lost_knockout_raw", "knockout_raw")),
-            tuple(row for row in rows if row["lost_knockout"] is not None), both,
+            tuple({**row, FLAG: ""} for row in rows if row["lost_knockout"] is not None), both,
             ("difference from the model with all paths, retrained from its final evaluation, "
              "knock-out on the same windows",)))
     return tables
@@ -167,11 +167,16 @@ def scaling_table(findings: Findings, fits: Sequence[ScalingFit]) -> ResultTable
 
 def protocols(findings: Findings) -> tuple[Protocol, ...]:
     """How the retrained losses were measured."""
-    return merged([protocol for result in findings.results for protocol in _protocols(result)])
+    return _protocols(findings.results)
 
 
-def _protocols(result: CellResult) -> list[Protocol]:
-    return [dataclasses.replace(run.protocol, seeds=len(result.runs)) for run in result.runs]
+def _protocols(results: Sequence[CellResult]) -> tuple[Protocol, ...]:
+    """Each once, with the seeds of the cell that has most."""
+    seeds: dict[Protocol, int] = {}
+    for result in results:
+        for run in result.runs:
+            seeds[run.protocol] = max(seeds.get(run.protocol, 0), len(result.runs))
+    return tuple(dataclasses.replace(protocol, seeds=n) for protocol, n in seeds.items())
 
 
 def mean(summary: Summary | None) -> float | None:
