@@ -50,7 +50,7 @@ def draw_curves(comparison: Comparison, folder: Path) -> list[Path]:
         (train_steps, train), (steps, validation) = _both(run, comparison)
         for ax, scale in zip(axes, (1, per_step), strict=True):
             if len(train):
-                ax.plot(train_steps * scale, _running_mean(train), color=color, lw=1.0, alpha=0.45)
+                ax.plot(train_steps * scale, running_mean(train), color=color, lw=1.0, alpha=0.45)
             if len(validation):
                 ax.plot(steps * scale, validation, color=color, lw=1.8, marker="o",
                         markersize=3.5 if len(steps) <= 40 else 0)
@@ -116,9 +116,14 @@ def _series(run: RunSummary, name: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array([s for s, _ in found], float), np.array([v for _, v in found], float)
 
 
-def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Mean over a window that shrinks at both ends, so that nothing is invented there."""
-    half = len(values) // _SMOOTHING // 2
+def running_mean(values: np.ndarray, half: int | None = None) -> np.ndarray:
+    """Mean over a window that shrinks at both ends, so that nothing is invented there.
+
+    Args:
+      values: finite numbers.
+      half: of the window, without its middle; default: a small part of the values.
+    """
+    half = len(values) // _SMOOTHING // 2 if half is None else half
     sums = np.concatenate([[0.0], np.cumsum(values)])
     at = np.arange(len(values))
     reach = np.minimum(half, np.minimum(at, len(values) - 1 - at))

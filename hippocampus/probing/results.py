@@ -151,9 +151,13 @@ def read_suites(folder: Path, order: Sequence[str] = ()) -> list[tuple[SuiteResu
     Raises:
       DataError: as `read_suite`.
     """
+    return [read_suite(path) for path in suite_files(folder, order)]
+
+
+def suite_files(folder: Path, order: Sequence[str] = ()) -> list[Path]:
+    """The files that `read_suites` reads, in its order."""
     place = {name: i for i, name in enumerate(order)}
-    files = sorted(folder.glob("*.json"), key=lambda p: (place.get(p.stem, len(place)), p.stem))
-    return [read_suite(path) for path in files]
+    return sorted(folder.glob("*.json"), key=lambda p: (place.get(p.stem, len(place)), p.stem))
 
 
 def _text(record: Mapping[str, Any]) -> TokenText:

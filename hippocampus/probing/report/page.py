@@ -1,0 +1,198 @@
+"""One page in one file: `write_page`.
+
+What is shown comes from run folders, which may be somebody else's: every text is escaped, pictures
+are cleaned (`hippocampus.probing.report.svg`), and the page's own policy forbids scripts and
+requests whatever is in it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from hippocampus.errors import DataError
+from hippocampus.evaluation.result_table import FLAG, Column, ResultTable
+from hippocampus.files import write_atomically
+from hippocampus.probing.plots import PATH_COLORS, SERIES
+from hippocampus.probing.report.blocks import (
+    Block,
+    Facts,
+    Section,
+    Tile,
+    command_line,
+    device_names,
+    suite_section,
+)
+from hippocampus.probing.report.svg import clean_svg, width_points
+from hippocampus.probing.results import Plot, SuiteResult, TokenText
+
+_LEVELS = 9  # strengths of a token's colour that are told apart
+_WIDE_POINTS = 620.0  # a wider picture takes the whole row
+_FLAG_MEANING = "worse than counting words (the unigram line)"
+_ALIASES = {"hop": "hopfield", "attn": "attention"}
+
+
+@dataclass(frozen=True)
+class Top:
+    """What stands above the sections.
+
+    Attributes:
+      title: the heading.
+      kicker: a word or two above it.
+      status: (text, "good" | "open" | "bad") beside it; None = none.
+      subtitle: a line below it.
+      tiles: numbers that are read first.
+      blocks: the facts, and what is folded below them.
+    """
+
+    title: str
+    kicker: str = ""
+    status: tuple[str, str] | None = None
+    subtitle: str = ""
+    tiles: tuple[Tile, ...] = ()
+    blocks: tuple[Block, ...] = ()
+
+
+def write_page(path: Path, title: str, header: Mapping[str, Any],
+               sections: Sequence[Section | SuiteResult | tuple[SuiteResult, Mapping[str, Any]]],
+               *, kicker: str = "Hippocampus") -> Path:
+    """Writes a page, atomically.
+
+    Args:
+      path: of the .html file.
+      title: the page's heading.
+      header: facts by name, such as commit, command (words or text), seed, devices; None is left
+        out.
+      sections: in the order of showing; a suite's result, alone or with what `read_suites` gives
+        beside it, is a section too.
+      kicker: a word or two above the heading.
+
+    Returns:
+      `path`.
+    """
+    items = tuple((name, shown) for name, value in header.items()
+                  if (shown := _fact(name, value)))
+    top = Top(title, kicker, blocks=(Facts(items),) if items else ())
+    made = [_section(section) for section in sections]
+    write_atomically(path, render_page(top, made))
+    return path
+
+
+def render_page(top: Top, sections: Sequence[Section]) -> str:
+    """The HTML of a page."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    templates = Environment(
+        loader=PackageLoader("hippocampus.probing.report", "templates"), autoescape=True,
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    templates.filters |= {"visible": visible, "level": _level, "color": _color, "slug": _slug}
+    templates.globals |= {"kind": lambda block: type(block).__name__, "table": _table,
+                          "picture": _picture, "FLAG": FLAG, "flag_meaning": _FLAG_MEANING}
+    from markupsafe import Markup
+
+    style = resources.files("hippocampus.probing.report").joinpath("templates/page.css")
+    return templates.get_template("page.html").render(
+        top=top, sections=sections, style=Markup(style.read_text("utf-8")))
+
+
+def visible(text: object) -> str:
+    """A text that every browser shows as it is: control characters as their pictures (␀ …)."""
+    shown = str(text).encode("utf-8", "replace").decode("utf-8").replace("\r\n", "\n")
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", _control_picture, shown)
+
+
+def _control_picture(match: re.Match[str]) -> str:
+    return "␡" if match[0] == "\x7f" else chr(0x2400 + ord(match[0]))
+
+
+def _section(section: Section | SuiteResult | tuple[SuiteResult, Mapping[str, Any]]) -> Section:
+    if isinstance(section, Section):
+        return section
+    return (suite_section(section) if isinstance(section, SuiteResult)
+            else suite_section(*section))
+
+
+def _fact(name: str, value: Any) -> str:
+    if name == "command":
+        return command_line(value)
+    if name == "devices":
+        return device_names({"devices": value})
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(str, value))
+    return "" if value is None else str(value)
+
+
+# ---------------------------------------------------------------- what the template asks for
+
+@dataclass(frozen=True)
+class _Picture:
+    svg: Any
+    is_wide: bool
+    least_width: int
+
+
+def _picture(plot: Plot) -> _Picture | None:
+    """The cleaned picture; None for one that cannot be shown."""
+    from markupsafe import Markup
+
+    try:
+        svg = clean_svg(plot)
+    except DataError:
+        return None
+    width = width_points(svg)
+    # On a narrow screen a picture scrolls inside its frame before its text gets too small to read.
+    least = 0 if width < 340 else round(0.9 * width)
+    return _Picture(Markup(svg), width > _WIDE_POINTS, least)
+
+
+@dataclass(frozen=True)
+class _Row:
+    cells: list[str]
+    flag: str
+    category: str
+
+
+def _table(table: ResultTable) -> dict[str, Any]:
+    """Columns with their alignment, and rows in groups of one category."""
+    cells = table.cells
+    rows = [_Row([str(row.get(table.columns[0].key)), *texts[1:]], str(row.get(FLAG) or ""),
+                 str(row.get("category") or ""))
+            for row, texts in zip(table.rows, cells, strict=True)]
+    grouped = len({row.category for row in rows}) > 1 and all(
+        column.key != "category" for column in table.columns)
+    groups: list[tuple[str, list[_Row]]] = []
+    for row in rows:
+        name = row.category if grouped else ""
+        if not groups or groups[-1][0] != name:
+            groups.append((name, []))
+        groups[-1][1].append(row)
+    numbers = [_is_numeric(table, column) for column in table.columns[1:]]
+    return {"groups": groups, "numeric": [False, *numbers]}
+
+
+def _is_numeric(table: ResultTable, column: Column) -> bool:
+    values = [row.get(column.key) for row in table.rows]
+    return not any(isinstance(value, str) for value in values)
+
+
+def _level(strength: float) -> int:
+    """A colour's strength as one of `_LEVELS` + 1 steps; what is no number has none."""
+    return round(_LEVELS * min(1.0, max(0.0, strength))) if strength == strength else 0
+
+
+def _color(text: TokenText, index: int) -> str:
+    """The colour of a class: a path's own, else the next of the series."""
+    name = str(text.legend[index]).lower()
+    color = PATH_COLORS.get(_ALIASES.get(name, name), SERIES[index % len(SERIES)])
+    return " ".join(str(int(color[i:i + 2], 16)) for i in (1, 3, 5))
+
+
+def _slug(text: object) -> str:
+    """A name that can be the id of an element."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", str(text)).strip("-") or "part"

@@ -1,0 +1,36 @@
+"""Makes the page of a run: `python -m hippocampus.report --workdir=RUN`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hippocampus.verbs import Parser, run_verb
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parses flags, writes the page, and prints where it is."""
+    parser = Parser("report", "Write what is in a run folder as one self-contained HTML page.")
+    parser.add_argument("--workdir", required=True, help="run folder of a training, finished or "
+                        "not, or an exported model")
+    parser.add_argument("--out", metavar="FILE", help="the page (default: report.html in the "
+                        "folder)")
+    parser.add_argument("--probes", metavar="DIR", help="folder of the probes' results (default: "
+                        "probes/ in the folder)")
+    flags = parser.parse_args(arguments)
+
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from hippocampus.files import check_nameable, check_writable
+    from hippocampus.probing.report import write_report
+
+    if flags.out:
+        check_nameable(flags.out, "the page")
+        check_writable(Path(flags.out).parent)
+    path = write_report(flags.workdir, flags.out, flags.probes)
+    Console(highlight=False).print(str(path), soft_wrap=True)
+
+
+if __name__ == "__main__":
+    run_verb(main)
