@@ -53,9 +53,12 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert not [name for name in code if "__pycache__" in name or "/tests/" in name]
 
 
-def test_the_wheel_holds_every_module_of_the_checkout(wheel):
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "hippocampus").rglob("*.py")}
-    assert modules <= set(zipfile.ZipFile(wheel).namelist())
+def test_the_wheel_holds_every_module_and_template_of_the_checkout(wheel):
+    package = ROOT / "hippocampus"
+    files = {str(path.relative_to(ROOT)) for pattern in ("*.py", "*/templates/*")
+             for path in package.rglob(pattern)}
+    assert any(name.endswith("page.css") for name in files)
+    assert files <= set(zipfile.ZipFile(wheel).namelist())
 
 
 def test_the_wheel_is_the_same_for_every_platform(wheel):

@@ -550,7 +550,7 @@ def test_without_a_jax_the_present_interpreter_gets_the_right_one(present):
 def test_nothing_is_installed_when_nothing_is_missing(present):
     names = "flax optax orbax-checkpoint chex ml_collections tokenizers datasets tensorboardX"
     for name in [*names.split(), "jaxtyping", "numpy", "rich", "etils", "grain",
-                 "matplotlib", "pillow", "safetensors", "xxhash"]:
+                 "matplotlib", "pillow", "jinja2", "safetensors", "xxhash"]:
         present.package(name, "99" if name not in ("flax", "orbax-checkpoint") else "0.12.10")
     present.package("jax", "0.10.3")
     url = '{"url": "' + present.root.as_uri() + '"}'
@@ -640,6 +640,48 @@ def test_ci_says_when_there_is_no_second_lane(checkout):
     assert done.returncode == 0
     assert "lane 2: skipped, there is no Python 3.13 or 3.12" in done.stdout
     assert len([call for call in checkout.calls() if "pytest" in call]) == 1
+
+
+APT_GET = """#!/bin/sh
+{ printf 'apt-get\\t'; printf '%s\\t' "$@"; echo; } >>"$FAKE_LOG"
+exit ${FAKE_APT_STATUS:-0}
+"""
+
+
+def on_debian_as_root():
+    release = Path("/etc/os-release")
+    return os.geteuid() == 0 and release.is_file() and "ID=debian" in (
+        release.read_text().splitlines())
+
+
+def apt_calls(checkout):
+    return [call for call in checkout.calls() if call[0] == "apt-get"]
+
+
+@pytest.mark.skipif(not on_debian_as_root(), reason="CI installs a browser as root on Debian only")
+@pytest.mark.parametrize("status", ["0", "100"])
+def test_ci_brings_a_browser_and_does_without_where_it_cannot(checkout, status):
+    checkout.program("apt-get", APT_GET)
+    done = checkout.sh("bash", ".ci/run", FAKE_APT_STATUS=status)
+    assert done.returncode == 0, done.stderr
+    first, *rest = apt_calls(checkout)
+    assert first == ("apt-get", "update")
+    assert [(call[1], call[-1]) for call in rest] == [("install", "chromium")] * (status == "0")
+    assert ("could not be installed" in done.stdout) == (status != "0")
+
+
+def test_ci_takes_the_browser_that_is_there(checkout):
+    checkout.program("apt-get", APT_GET)
+    checkout.program("chromium", "#!/bin/sh\n")
+    assert checkout.sh("bash", ".ci/run").returncode == 0
+    assert apt_calls(checkout) == []
+
+
+@pytest.mark.parametrize("command", ["./run", "./test"])
+def test_only_ci_installs_a_browser(checkout, command):
+    checkout.program("apt-get", APT_GET)
+    assert checkout.sh(command).returncode == 0
+    assert apt_calls(checkout) == []
 
 
 # --- For real ------------------------------------------------------------------------------------

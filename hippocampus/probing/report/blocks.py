@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -112,10 +113,12 @@ class Figures:
       plots: in the order of showing.
       wide: the first picture once more for a wide screen, where it takes two columns; the first of
         `plots` is what a narrow one shows. None = no such.
+      large: two in a row of a wide screen instead of three.
     """
 
     plots: tuple[Plot, ...]
     wide: Plot | None = None
+    large: bool = False
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,7 @@ def suite_section(result: SuiteResult, about: Mapping[str, Any] | None = None) -
     blocks: list[Block] = [Note(note) for note in result.notes]
     blocks += result.tables
     if result.plots:
-        blocks.append(Figures(result.plots))
+        blocks.append(Figures(result.plots, large=True))
     blocks += result.texts
     made = [f"step {about['step']}" if about.get("step") is not None else "",
             f"{about['weights']} weights" if about.get("weights") else "",
@@ -202,3 +205,13 @@ def command_line(words: Any) -> str:
 VERBS = ("train", "sample", "evaluate", "compare", "plan", "harness", "export", "probe", "ablate",
          "report")
 """Modules of hippocampus that are started as `python -m hippocampus.<verb>`."""
+
+
+def visible(text: object) -> str:
+    """A text that every browser shows as it is: control characters as their pictures (␀ …)."""
+    shown = str(text).encode("utf-8", "replace").decode("utf-8").replace("\r\n", "\n")
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", _control_picture, shown)
+
+
+def _control_picture(match: re.Match[str]) -> str:
+    return "␡" if match[0] == "\x7f" else chr(0x2400 + ord(match[0]))

@@ -12,6 +12,7 @@ import numpy as np
 from hippocampus.config import PATHS
 from hippocampus.evaluation.curves import running_mean
 from hippocampus.probing.plots import INK, PATH_COLORS, SERIES, themed_svg
+from hippocampus.probing.report.blocks import visible
 from hippocampus.probing.report.series import Series, after_warm_up, names, read_series, thin
 from hippocampus.probing.results import Plot
 
@@ -125,13 +126,10 @@ class _Drawer:
         if not same:
             lines.append(Line(raw, "validation, raw weights", VALIDATION, "dashed"))
         lines = [line for line in lines if len(line.series)]
-        broken = self._series.get("train/loss", raw).broken
         if not lines:
             return None, ()
         wanted = _limits([line.series for line in lines], counted)
-        caption = _sentences(
-            _counted_text(counted, wanted, "nats"),
-            f"{broken} logged step{'s' * (broken > 1)} had no finite loss." if broken else "")
+        caption = _counted_text(counted, wanted, "nats")
         plots = [Plot(name, "Training and validation loss", caption, _draw(
             lines, "nats per token", size, wanted, counted))
             for name, size in (("loss_wide", WIDE_SIZE), ("loss", SIZE))]
@@ -149,8 +147,7 @@ class _Drawer:
         per_byte = {name: nats / math.log(2) / ratio for name, nats in counted.items()
                     } if ratio else {}
         wanted = _limits([line.series for line in lines], per_byte)
-        caption = _sentences("Compares between tokenizers.",
-                             _counted_text(per_byte, wanted, "bits"))
+        caption = f"Compares between tokenizers. {_counted_text(per_byte, wanted, 'bits')}"
         return (Plot("bits_per_byte", "Validation, bits per byte", caption, _draw(
             lines, "bits per byte", SIZE, wanted, per_byte)),)
 
@@ -171,8 +168,8 @@ class _Drawer:
         plots = []
         if passes:
             lines = [Line(self._take(name), f"pass {name.rpartition('_')[2]}", SERIES[i + 1],
-                          "plain") for i, name in enumerate(passes)]
-            lines.append(Line(self._take("train/loss"), "last pass", TRAIN, "plain"))
+                          "noisy") for i, name in enumerate(passes)]
+            lines.append(Line(self._take("train/loss"), "last pass", TRAIN, "noisy"))
             plots.append(Plot("segments", "Loss of every pass", "Training loss, nats per token; a "
                               "useful controller keeps the last pass below the others.",
                               _draw(lines, "nats per token", SIZE,
@@ -275,15 +272,20 @@ def _plot(axes: Axes, line: Line) -> None:
         axes.plot(curve.steps, curve.values, color=line.color, lw=0.9, alpha=0.4)
         half = max(2, len(curve.steps) // _HALF_WINDOW)
         axes.plot(curve.steps, running_mean(curve.values, half), color=line.color,
-                  label=line.label)
+                  label=_plain(line.label))
     elif line.kind == "marked":
-        axes.plot(curve.steps, curve.values, color=line.color, label=line.label, marker="o",
+        axes.plot(curve.steps, curve.values, color=line.color, label=_plain(line.label), marker="o",
                   markersize=3.2 if len(curve.steps) <= 40 else 0)
     else:
         style: Any = (0, (3, 2)) if line.kind == "dashed" else "-"
-        axes.plot(curve.steps, curve.values, color=line.color, label=line.label, ls=style,
+        axes.plot(curve.steps, curve.values, color=line.color, label=_plain(line.label), ls=style,
                   lw=1.1 if line.kind == "dashed" else 1.6,
                   marker="o" if len(curve.steps) == 1 else None, markersize=3.2)
+
+
+def _plain(text: str) -> str:
+    """For matplotlib, which takes what stands between dollars for mathematics."""
+    return visible(text).replace("$", r"\$")
 
 
 def _rules(axes: Axes, counted: Mapping[str, float], limits: tuple[float, float] | None) -> None:
@@ -294,8 +296,8 @@ def _rules(axes: Axes, counted: Mapping[str, float], limits: tuple[float, float]
     for name, value in counted.items():
         if limits and limits[0] <= value <= limits[1]:
             axes.axhline(value, color=INK, lw=0.9, ls=(0, (1, 2)), alpha=0.7)
-            axes.text(1.0, value, f"{name} {value:.2f}", transform=where, ha="right", va="bottom",
-                      fontsize=7.5, alpha=0.85)
+            axes.text(1.0, value, f"{_plain(name)} {value:.2f}", transform=where, ha="right",
+                      va="bottom", fontsize=7.5, alpha=0.85)
 
 
 def _limits(series: Sequence[Series], counted: Mapping[str, float],
@@ -316,9 +318,3 @@ def _counted_text(counted: Mapping[str, float], limits: tuple[float, float], uni
     """A sentence on the count-based lines that lie outside the axis."""
     above = [f"{name} {value:.2f}" for name, value in counted.items() if value > limits[1]]
     return f"Above the picture: {', '.join(above)} {unit}." if above else ""
-
-
-def _sentences(*parts: str) -> str:
-    return " ".join(filter(None, parts))
-
-

@@ -26,12 +26,14 @@ from hippocampus.probing.report.blocks import (
     command_line,
     device_names,
     suite_section,
+    visible,
 )
 from hippocampus.probing.report.svg import clean_svg, width_points
 from hippocampus.probing.results import Plot, SuiteResult, TokenText
 
 _LEVELS = 9  # strengths of a token's colour that are told apart
 _WIDE_POINTS = 620.0  # a wider picture takes the whole row
+_NARROW_POINTS = 340.0  # a narrower one fits a phone
 _FLAG_MEANING = "worse than counting words (the unigram line)"
 _ALIASES = {"hop": "hopfield", "attn": "attention"}
 
@@ -89,24 +91,14 @@ def render_page(top: Top, sections: Sequence[Section]) -> str:
     templates = Environment(
         loader=PackageLoader("hippocampus.probing.report", "templates"), autoescape=True,
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    templates.filters |= {"visible": visible, "level": _level, "color": _color, "slug": _slug}
+    templates.filters |= {"visible": visible, "level": _level, "color": _color}
     templates.globals |= {"kind": lambda block: type(block).__name__, "table": _table,
                           "picture": _picture, "FLAG": FLAG, "flag_meaning": _FLAG_MEANING}
     from markupsafe import Markup
 
     style = resources.files("hippocampus.probing.report").joinpath("templates/page.css")
     return templates.get_template("page.html").render(
-        top=top, sections=sections, style=Markup(style.read_text("utf-8")))
-
-
-def visible(text: object) -> str:
-    """A text that every browser shows as it is: control characters as their pictures (␀ …)."""
-    shown = str(text).encode("utf-8", "replace").decode("utf-8").replace("\r\n", "\n")
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", _control_picture, shown)
-
-
-def _control_picture(match: re.Match[str]) -> str:
-    return "␡" if match[0] == "\x7f" else chr(0x2400 + ord(match[0]))
+        top=top, sections=_with_ids(sections), style=Markup(style.read_text("utf-8")))
 
 
 def _section(section: Section | SuiteResult | tuple[SuiteResult, Mapping[str, Any]]) -> Section:
@@ -135,6 +127,7 @@ class _Picture:
     svg: Any
     is_wide: bool
     least_width: int
+    most_width: int
 
 
 def _picture(plot: Plot) -> _Picture | None:
@@ -146,9 +139,10 @@ def _picture(plot: Plot) -> _Picture | None:
     except DataError:
         return None
     width = width_points(svg)
-    # On a narrow screen a picture scrolls inside its frame before its text gets too small to read.
-    least = 0 if width < 340 else round(0.9 * width)
-    return _Picture(Markup(svg), width > _WIDE_POINTS, least)
+    # Text of a picture grows and shrinks with it. On a narrow screen a picture scrolls inside its
+    # frame before its text gets too small to read.
+    least = 0 if width < _NARROW_POINTS else round(0.9 * width)
+    return _Picture(Markup(svg), width > _WIDE_POINTS, least, round(1.45 * width))
 
 
 @dataclass(frozen=True)
@@ -181,9 +175,9 @@ def _is_numeric(table: ResultTable, column: Column) -> bool:
     return not any(isinstance(value, str) for value in values)
 
 
-def _level(strength: float) -> int:
-    """A colour's strength as one of `_LEVELS` + 1 steps; what is no number has none."""
-    return round(_LEVELS * min(1.0, max(0.0, strength))) if strength == strength else 0
+def _level(strength: float | None) -> int:
+    """A colour's strength as one of `_LEVELS` + 1 steps; what was no number has none."""
+    return 0 if strength is None else round(_LEVELS * min(1.0, max(0.0, strength)))
 
 
 def _color(text: TokenText, index: int) -> str:
@@ -193,6 +187,15 @@ def _color(text: TokenText, index: int) -> str:
     return " ".join(str(int(color[i:i + 2], 16)) for i in (1, 3, 5))
 
 
-def _slug(text: object) -> str:
-    """A name that can be the id of an element."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", str(text)).strip("-") or "part"
+def _with_ids(sections: Sequence[Section]) -> list[tuple[str, Section]]:
+    """Each section with a name that can be the id of an element, and that no other one has."""
+    taken, named = {"content"}, []
+    for section in sections:
+        name = plain = re.sub(r"[^A-Za-z0-9_-]+", "-", section.name).strip("-") or "part"
+        number = 1
+        while name in taken:
+            number += 1
+            name = f"{plain}-{number}"
+        taken.add(name)
+        named.append((name, section))
+    return named

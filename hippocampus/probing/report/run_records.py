@@ -133,8 +133,10 @@ def trouble(folder: RunFolder, rows: Sequence[Mapping[str, Any]]) -> list[Note]:
     notes = []
     skipped = read_series(rows, "train/skipped")
     if len(skipped) and skipped.values.max() > 0:
-        notes.append(f"{skipped.values.max():,.0f} steps were skipped: their loss or gradient was "
-                     "not finite, or a spike")
+        notes.append(f"steps skipped: {skipped.values.max():,.0f}, whose loss or gradient was not "
+                     "finite, or a spike")
+    if broken := read_series(rows, "train/loss").broken:
+        notes.append(f"no finite loss: {broken:,} logged steps")
     records = read_any(folder.rollbacks)
     for record in records if isinstance(records, list) else ():
         if isinstance(record, dict):

@@ -219,13 +219,9 @@ def _curve_sections(told: _Told) -> list[Section]:
     lead = (f"One step is {per_step:,} tokens ({config.train.batch_size} x "
             f"{config.data.context}). Faint: {faint}; strong: running mean.")
     sections = []
-    if curves.first or curves.terms:
-        blocks: list[Block] = [Figures((*curves.first, *curves.terms), curves.wide)]
-        sections.append(Section("training", "Training and validation", tuple(blocks), lead,
-                                short="training"))
-    if curves.model:
-        sections.append(Section("memories", "What the gates did", (Figures(curves.model),),
-                                "Averages over the training batch.", short="gates"))
+    if shown := (*curves.first, *curves.model, *curves.terms):
+        sections.append(Section("training", "Training and validation",
+                                (Figures(shown, curves.wide),), lead, short="training"))
     account = _account(told)
     machine: list[Block] = [Figures(curves.machine)] if curves.machine else []
     if total := sum(account.values()):
@@ -233,7 +229,7 @@ def _curve_sections(told: _Told) -> list[Section]:
                       for kind, seconds in account.items() if seconds >= 0.0005 * total)
         machine.append(Shares(f"Where {clock_face(total)} went", parts))
     if curves.others:
-        machine.append(Folded(f"{len(curves.others)} other series", (Figures(curves.others),)))
+        machine.append(Folded(f"Other series: {len(curves.others)}", (Figures(curves.others),)))
     if machine:
         sections.append(Section("machine", "Optimizer and machine", tuple(machine),
                                 short="machine"))
@@ -288,8 +284,8 @@ def _check(result: SuiteResult) -> None:
         for table in result.tables:
             _ = table.cells, table.all_notes
         for text in result.texts:
-            _ = [(text.legend[index], float(strength)) for index, strength in zip(
-                text.classes, text.strengths, strict=True)]
+            _ = [(text.legend[index], 0.0 if strength is None else strength + 0.0)
+                 for index, strength in zip(text.classes, text.strengths, strict=True)]
     except (TypeError, ValueError, IndexError, KeyError) as error:
         raise DataError(f"the results of {result.suite} are damaged: {error!r}",
                         f"run python -m hippocampus.probe --suite={result.suite} again") from None

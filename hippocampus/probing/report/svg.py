@@ -11,6 +11,7 @@ from html import escape
 from xml.etree import ElementTree
 
 from hippocampus.errors import DataError
+from hippocampus.probing.report.blocks import visible
 from hippocampus.probing.results import Plot
 
 _SVG = "{http://www.w3.org/2000/svg}"
@@ -41,7 +42,7 @@ def clean_svg(plot: Plot) -> str:
     if re.search(r"<!(?!--)", plot.svg):  # entities can grow without end
         raise DataError(f"the picture {plot.name} is not plain SVG", "run its probe again")
     try:
-        root = ElementTree.fromstring(plot.svg)
+        root = ElementTree.fromstring(visible(plot.svg))  # XML has no control characters
     except (ElementTree.ParseError, ValueError, RecursionError):
         raise DataError(f"the picture {plot.name} is not SVG", "run its probe again") from None
     if root.tag != f"{_SVG}svg":

@@ -1,0 +1,403 @@
+"""What a report says of a folder, read as HTML: complete, honest, and safe whatever it holds."""
+
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import report_folders
+import tiny_run
+from report_folders import PROTOCOL, add_probes, evaluation, make_run, write_metrics
+
+from hippocampus.errors import DataError
+from hippocampus.evaluation.result_table import Column, ResultTable
+from hippocampus.probing.report import Facts, Listing, Section, write_page, write_report
+from hippocampus.probing.report.blocks import command_line
+from hippocampus.probing.report.series import read_series, thin
+from hippocampus.probing.report.svg import clean_svg
+from hippocampus.probing.results import Plot, SuiteResult, TokenText, write_suite
+
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+EVIL = ("<script>pwned()</script><img src=x onerror=pwned()>\"'&</pre></style>{{ 191 * 7 }}"
+        "$\\frac$\\")
+
+
+class Reader(html.parser.HTMLParser):
+    """Tags, attributes and text of a page; refuses tags that are not closed in order."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags: dict[str, int] = {}
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(page)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags[tag] = self.tags.get(tag, 0) + 1
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", "".join(self.words))
+
+
+def read(path) -> Reader:
+    return Reader(path.read_text("utf-8"))
+
+
+def titles(path) -> list[str]:
+    return re.findall(r"<h3>(.*?)</h3>", path.read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    run = make_run(tmp_path_factory.mktemp("report") / "run",
+                   model__paths=("ssm", "hopfield", "attention"))
+    add_probes(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    return write_report(folder)
+
+
+@pytest.fixture(scope="module")
+def lean(tmp_path_factory):
+    """A run with few series, whose page takes a fraction of a second."""
+    run = make_run(tmp_path_factory.mktemp("report") / "lean")
+    write_metrics(run, [{"step": step, "train/loss": 2.0 + 1 / step} for step in (10, 20, 30)])
+    return run
+
+
+# ---------------------------------------------------------------- what it says
+
+def test_every_series_of_the_metrics_has_a_picture(page):
+    shown = titles(page)
+    for title in ("Training and validation loss", "Validation, bits per byte", "Gates",
+                  "Gate entropy", "Retrieval depth", "Loss of every pass", "Total", "z-loss",
+                  "Label smoothing", "Segment flow", "Depth straightness", "Learning rate",
+                  "Gradient norm", "Speed", "Model FLOPs utilisation", "Peak memory",
+                  "Skipped steps", "memory/of_tomorrow"):
+        assert title in shown
+
+
+def test_the_curves_come_before_tables_and_probes(page):
+    order = re.findall(r'<section id="([\w-]+)"', page.read_text())
+    assert order[:4] == ["training", "machine", "evaluations", "samples"]
+    assert set(order[4:]) == {"paths", "gates", "tokens"}
+
+
+def test_it_says_what_is_needed_to_make_it_again(page):
+    text = read(page).text
+    for needed in ("0123456789ab", "2 x NVIDIA H100", "jax 0.10.2", "seed 0",
+                   "python -m hippocampus.train --config=configs/tiny.py",
+                   "python -m hippocampus.evaluate --workdir=run --stride=32",
+                   "python -m hippocampus.probe --workdir=run --suite=paths",
+                   "8,192 tokens predicted", "vocabulary 256; context 128, stride 128"):
+        assert needed in text
+
+
+def test_settings_that_differ_stand_beside_their_defaults(page):
+    text = page.read_text()
+    row = re.search(r'<th scope="row">model.d_model</th><td>(\d+)</td><td>(\d+)</td>', text)
+    assert row and row.groups() == ("16", "256")
+    assert '<th scope="row">model.rope_theta</th>' not in text
+    assert "model.rope_theta" not in text and "rope_theta" in text  # in the whole config
+
+
+def test_the_numbers_are_those_of_the_files(folder, page):
+    text = read(page).text
+    final = json.loads((folder / "results.json").read_text())
+    assert f"{final['final/bits_per_byte']:.3f}" in text
+    change = final["final/loss"] / report_folders.COUNTED["trigram"] - 1
+    assert f"{change:+.1%}" in text
+    assert "82.3%" in text  # of the seconds were training: 100 of 121.5
+    for cell in ("3.3000", "27.11", "4.7609"):  # the unigram line
+        assert cell in text
+
+
+def test_the_loss_of_a_run_is_drawn_with_the_count_based_lines(page):
+    text = page.read_text()
+    assert text.count("trigram 2.05</text>") == 2  # for a wide and for a narrow screen
+    assert "trigram 2.96</text>" in text  # in bits per byte
+    assert "Above the picture: uniform 5.55" in text
+
+
+def test_a_flagged_row_is_marked_by_more_than_its_colour(page):
+    row = re.search(r'<tr class="flagged">.*?</tr>', page.read_text(), re.DOTALL)
+    assert row and "only_hop" in row[0] and "unigram" in row[0]
+    assert read(page).text.count("only_hop !") == 1
+
+
+def test_the_same_folder_gives_the_same_bytes(folder, page, tmp_path):
+    assert write_report(folder, tmp_path / "again.html").read_bytes() == page.read_bytes()
+
+
+def test_an_unfinished_run_without_probes_says_where_it_is(tmp_path):
+    path = write_report(make_run(tmp_path / "run", finished=False))
+    assert "step 300 of 600" in read(path).text
+    assert "Evaluations" not in path.read_text() and "Training and validation loss" in titles(path)
+
+
+def test_a_run_that_has_logged_nothing_has_a_page(tmp_path):
+    run = make_run(tmp_path / "run", finished=False)
+    write_metrics(run, [])
+    shutil.rmtree(run / "samples")
+    assert "Nothing measured yet" in read(write_report(run)).text
+
+
+def test_rows_without_a_finite_loss_are_counted_and_not_drawn(tmp_path):
+    run = make_run(tmp_path / "run")
+    rows = [{"step": step, "train/loss": 2.0, "train/total": 2.0} for step in range(10, 600, 10)]
+    for row in rows[30:33]:
+        row["train/loss"] = None  # as NaN is written
+    rows[40]["train/total"] = "NaN"
+    write_metrics(run, rows)
+    path = write_report(run)
+    assert "no finite loss: 3 logged steps" in read(path).text
+    assert not re.search(r"\bnan\b", path.read_text(), re.IGNORECASE)
+
+
+def test_a_run_without_any_finite_number_has_a_page(tmp_path):
+    run = make_run(tmp_path / "run", finished=False)
+    write_metrics(run, [{"step": 10, "train/loss": None, "train/total": None,
+                         "train/grad_norm": None}])
+    assert "no finite loss" in read(write_report(run)).text.lower()
+
+
+def test_a_long_run_has_a_page_of_bounded_size(tmp_path):
+    run = make_run(tmp_path / "run", finished=False, steps=20_000, every=1)
+    size = write_report(run).stat().st_size
+    assert size < 900_000 < (run / "metrics.jsonl").stat().st_size / 5
+
+
+def test_trouble_on_the_way_is_told_first(lean, tmp_path):
+    run = shutil.copytree(lean, tmp_path / "run")
+    write_metrics(run, [{"step": 10, "train/loss": 2.0, "train/skipped": 1.0}])
+    (run / "rollbacks.json").write_text(json.dumps([{"at": 340, "to": 300, "offset": 40}]))
+    (run / "bad_batches").mkdir()
+    (run / "bad_batches" / "step_340.json").write_text("{}")
+    text = read(write_report(run)).text
+    assert "went back from step 340 to step 300" in text and "step_340.json" in text
+    assert "steps skipped: 1" in text
+    assert text.index("went back") < text.index("Training and validation")
+
+
+def test_a_recall_run_shows_its_accuracy(tmp_path):
+    run = make_run(tmp_path / "run", finished=False)
+    write_metrics(run, [{"step": step, "eval/loss": 1.0, "eval/loss_raw": 1.0,
+                         "eval/accuracy": step / 100} for step in (10, 50, 90)])
+    path = write_report(run)
+    assert "Accuracy" in titles(path) and "90.0%" in read(path).text
+    assert "bits per byte" not in path.read_text()
+
+
+def test_an_exported_model_has_a_page(folder, tmp_path):
+    content = json.loads((folder / "config.json").read_text())
+    content["export"] = {"step": 600, "weights": "ema", "storage": "float32", "tokenizer": "b" * 64,
+                         "text": None, "version": "0.1.0", "format": 1}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    shutil.copytree(folder / "probes", tmp_path / "probes")
+    text = read(write_report(tmp_path)).text
+    assert "exported model" in text and "Which memory carries the prediction" in text
+
+
+# ---------------------------------------------------------------- damage and malice
+
+@pytest.fixture
+def hostile(tmp_path):
+    """A run folder in which every text is an attack."""
+    run = make_run(tmp_path / "run", sample__prompt=EVIL)
+    (run / "samples" / "best.txt").write_text(EVIL + "and \x00\x1b[31m\x7f\udcff".encode(
+        "utf-8", "replace").decode() + EVIL)
+    (run / "data.json").write_text(json.dumps({"sha256": EVIL, "tokenizer": EVIL}))
+    (run / "env.json").write_text(json.dumps({
+        "commit": EVIL, "command": [EVIL], "devices": [EVIL], "packages": {EVIL: EVIL},
+        "platform": EVIL, "python": EVIL, "cpu_count": EVIL}))
+    name = "validation-step600-c128-s128.json"
+    content = evaluation(notes=[EVIL], command=[EVIL])
+    content["text"]["corpus"] = content["tokenizer"]["kind"] = EVIL
+    content["tokenizer"]["digest"] = EVIL
+    content["rows"][0] |= {"model": EVIL, "nats_per_token": 1.1}
+    (run / "evaluations" / name).write_text(json.dumps(content))
+    rows = [{"step": step, f"train/{EVIL}": 1.0, EVIL: 2.0, "train/loss": 1.0 + step / 50,
+             f"train/nll_segment_{EVIL}\x00": 1.0}
+            for step in (10, 20)]
+    write_metrics(run, rows)
+    table = ResultTable("t", EVIL, (Column("n", EVIL, EVIL), Column("v", EVIL)),
+                        ({"n": EVIL, "v": EVIL, "category": EVIL, "flag": EVIL},
+                         {"n": "b", "v": 1.0, "category": "other"}), (PROTOCOL,), (EVIL,))
+    text = TokenText("x", EVIL, EVIL, (EVIL, "\x00"), (0, 0), (float("1e400"), -1.0), (EVIL,))
+    write_suite(run / "probes", SuiteResult("evil", EVIL, (table,), (Plot("p", EVIL, EVIL, (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9" onload="pwned()">'
+        '<script>pwned()</script><text>fine</text></svg>')),), (text,), 1.0, (EVIL,)),
+        {"command": EVIL, "commit": EVIL, "step": EVIL})
+    return run
+
+
+def test_no_text_of_a_folder_becomes_a_tag(hostile):
+    path = write_report(hostile)
+    found = read(path)
+    assert "script" not in found.tags and "img" not in found.tags
+    assert not [name for _, name, _ in found.attributes if name.startswith("on")]
+    assert "pwned()" in found.text and "{{ 191 * 7 }}" in found.text and "1337" not in found.text
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", path.read_text())
+
+
+def test_text_that_matplotlib_would_take_for_mathematics_is_drawn_as_it_is(hostile):
+    text = write_report(hostile).read_text()
+    assert "damaged and cannot be shown" not in text
+    assert re.search(r"<text[^>]*>[^<]*\$\\frac\$[^<]* 1\.10</text>", text)
+    assert "␀</text>" in text
+
+
+def test_a_page_asks_nobody_for_anything(page):
+    addresses = [(tag, value) for tag, name, value in read(page).attributes
+                 if name in ("src", "href", "xlink:href", "srcset", "action", "data", "poster")]
+    assert addresses
+    assert not [(tag, value) for tag, value in addresses
+                if not value.startswith(("#", "data:image/"))]
+    text = page.read_text()
+    assert "default-src 'none'" in text and "@import" not in text
+    assert not re.findall(r"url\((?!#)", text)
+
+
+SVG = ('<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {}>'
+       "{}</svg>")
+
+
+@pytest.mark.parametrize(("attributes", "inside"), [
+    ('onload="x()"', ""), ("", '<g onclick="x()"/>'), ("", "<script>x()</script>"),
+    ("", '<image xlink:href="https://x.org/a.png"/>'), ("", '<image href="data:text/html,x()"/>'),
+    ("", '<use href="other.svg#x"/>'), ("", '<a href="javascript:x()"><text>t</text></a>'),
+    ("", "<foreignObject><p>x()</p></foreignObject>"), ("", '<set attributeName="href" to="x()"/>'),
+    ("", "<style>body{display:none} x()</style>"), ("", "<style>@import 'x()';</style>"),
+    ("", '<rect fill="url(https://x.org)"/>'), ('style="position:fixed; x()"', ""),
+    ("", "<text>&lt;script&gt;y()&lt;/script&gt;</text>")])
+def test_of_a_picture_only_what_draws_is_kept(attributes, inside):
+    shown = clean_svg(Plot("p", "t", "c", SVG.format(attributes, inside)))
+    assert "x()" not in shown and "x.org" not in shown and "other.svg" not in shown
+    assert "<script" not in shown and "foreignObject" not in shown and "position" not in shown
+
+
+@pytest.mark.parametrize("text", [
+    "", "<svg", "<html/>", "<svg/>", '<!DOCTYPE x [<!ENTITY a "b">]><svg>&a;</svg>'])
+def test_what_is_no_picture_is_refused_in_one_line(text):
+    with pytest.raises(DataError, match="picture p"):
+        clean_svg(Plot("p", "t", "c", text))
+
+
+def test_a_picture_of_matplotlib_is_kept_whole():
+    plot = report_folders.views().plots[0]
+    shown = clean_svg(plot)
+    for tag in ("path", "image", "use", "text", "clipPath", "g"):
+        assert shown.count(f"<{tag}") == plot.svg.count(f"<{tag}") > 0
+    assert shown.count("currentColor") == plot.svg.count("currentColor")
+    assert "data:image/png" in shown and "<style>" in shown
+
+
+def test_a_damaged_suite_is_named_and_the_others_are_shown(lean, tmp_path):
+    run = shutil.copytree(lean, tmp_path / "run")
+    add_probes(run)
+    (run / "probes" / "gates.json").write_text("{")
+    tokens = run / "probes" / "tokens.json"
+    tokens.write_text(tokens.read_text().replace('"classes": [', '"classes": ["one",', 1).replace(
+        '"strengths": [', '"strengths": [0.5,', 1).replace('"tokens": [', '"tokens": ["x",', 1))
+    text = read(write_report(run)).text
+    assert "gates.json" in text and "the results of tokens are damaged" in text
+    assert "--suite=gates again" in text and "Which memory carries the prediction" in text
+
+
+@pytest.mark.parametrize("damage", [
+    {"text": 3}, {"rows": [{"model": "x"}]}, {"windows": {"context": "wide"}},
+    {"rows": [{"model": "x", "kind": "line", "weights": None, "nats_per_token": {}}]}])
+def test_a_damaged_evaluation_does_not_keep_the_rest_from_being_shown(lean, tmp_path, damage):
+    run = shutil.copytree(lean, tmp_path / "run")
+    (run / "evaluations" / "test-step600.json").write_text(json.dumps({**evaluation(), **damage}))
+    text = read(write_report(run)).text
+    assert "4.7609" in text and ("test-step600.json is damaged" in text or "rows" in damage)
+
+
+@pytest.mark.parametrize("name", ["data.json", "env.json", "results.json", "rollbacks.json"])
+@pytest.mark.parametrize("content", ["", "[3]", '{"step": {}, "at": []}', "\x00" * 99, "null"])
+def test_a_small_file_that_is_damaged_costs_only_what_it_said(lean, tmp_path, name, content):
+    run = shutil.copytree(lean, tmp_path / "run")
+    (run / name).write_text(content)
+    assert "Training and validation loss" in titles(write_report(run))
+
+
+def test_no_run_is_one_line(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "hippocampus.report", f"--workdir={tmp_path}"],
+                          capture_output=True, text=True, env=tiny_run.environment())
+    assert (done.returncode, done.stdout) == (66, "")
+    assert re.fullmatch(r"error: no run folder at .*\nhint: .*\n", done.stderr)
+
+
+def test_the_verb_writes_where_it_is_told_and_prints_the_path(lean, tmp_path):
+    out = tmp_path / "new" / "page.html"
+    done = subprocess.run(
+        [sys.executable, "-m", "hippocampus.report", f"--workdir={lean}", f"--out={out}"],
+        capture_output=True, text=True, env=tiny_run.environment())
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{out}\n", "")
+    assert out.read_bytes() == write_report(lean, tmp_path / "same.html").read_bytes()
+    assert [p.name for p in out.parent.iterdir()] == ["page.html"]
+
+
+# ---------------------------------------------------------------- parts
+
+def test_a_page_of_anything(tmp_path):
+    suite = report_folders.knock_outs()
+    sections = [suite, (suite, report_folders.ABOUT),
+                Section("more", "More", (Listing("text"), Facts((("a", "b"),))))]
+    path = write_page(tmp_path / "page.html", "An ablation", {
+        "commit": "abc", "command": ["ablate.py", "--config=x.py"], "devices": ["cpu", "cpu"],
+        "seeds": [0, 1], "missing": None}, sections)
+    found = read(path)
+    assert "python -m hippocampus.ablate --config=x.py" in found.text and "2 x cpu" in found.text
+    assert "0, 1" in found.text and "missing" not in found.text
+    ids = [value for _, name, value in found.attributes if name == "id"
+           and not re.match("p[0-9a-f]{10}-", value)]
+    assert {"paths-2", "more"} <= set(ids) and len(ids) == len(set(ids))
+
+
+def test_thinning_keeps_the_mean_and_the_extremes():
+    rows = [{"step": step, "x": value} for step, value in enumerate(
+        np.random.default_rng(0).normal(size=4000))]
+    series = read_series(rows, "x")
+    curve = thin(series, 400)
+    assert len(curve.values) == 400 and curve.per_point == 10
+    np.testing.assert_allclose(curve.values.mean(), series.values.mean())
+    assert curve.low.min() == series.values.min() and curve.high.max() == series.values.max()
+    np.testing.assert_array_equal(thin(series, 4000).values, series.values)
+
+
+def test_a_series_is_read_in_order_without_what_is_no_number():
+    rows = [{"step": 3, "x": 3.0}, {"step": 1, "x": 1}, {"step": 2, "x": None}, {"step": 4},
+            {"step": 5, "x": "1"}, {"step": 6, "x": True}, {"step": 7, "x": 10**400}, {"x": 1.0}]
+    series = read_series(rows, "x")
+    assert series.steps.tolist() == [1, 3] and series.values.tolist() == [1, 3]
+    assert series.broken == 4
+
+
+def test_a_recorded_command_is_shown_as_one_types_it():
+    assert command_line(["train.py", "--config=a b.py"]) == (
+        "python -m hippocampus.train '--config=a b.py'")
+    assert command_line(["benchmark.py", "x"]) == "python benchmark.py x"
+    assert command_line(None) == "" and command_line("make it") == "make it"
