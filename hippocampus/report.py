@@ -22,12 +22,16 @@ def main(arguments: Sequence[str]) -> None:
 
     from rich.console import Console
 
+    from hippocampus.errors import ConfigError
     from hippocampus.files import check_nameable, check_writable
     from hippocampus.probing.report import write_report
 
     if flags.out:
         check_nameable(flags.out, "the page")
-        check_writable(Path(flags.out).parent)
+    out = Path(flags.out) if flags.out else Path(flags.workdir) / "report.html"
+    check_writable(out.parent)
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder", "--out is the page's own name, such as page.html")
     path = write_report(flags.workdir, flags.out, flags.probes)
     Console(highlight=False).print(str(path), soft_wrap=True)
 

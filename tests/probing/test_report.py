@@ -13,7 +13,8 @@ import report_folders
 import tiny_run
 from report_folders import PROTOCOL, add_probes, evaluation, make_run, write_metrics
 
-from hippocampus.errors import DataError
+from hippocampus import report
+from hippocampus.errors import ConfigError, DataError
 from hippocampus.evaluation.result_table import Column, ResultTable
 from hippocampus.probing.report import Facts, Listing, Section, write_page, write_report
 from hippocampus.probing.report.blocks import command_line
@@ -21,7 +22,7 @@ from hippocampus.probing.report.series import read_series, thin
 from hippocampus.probing.report.svg import clean_svg
 from hippocampus.probing.results import Plot, SuiteResult, TokenText, write_suite
 
-VOID = {"meta", "link", "br", "img", "hr", "input"}
+VOID = {"meta", "link", "br", "wbr", "img", "hr", "input"}
 EVIL = ("<script>pwned()</script><img src=x onerror=pwned()>\"'&</pre></style>{{ 191 * 7 }}"
         "$\\frac$\\")
 
@@ -116,10 +117,10 @@ def test_it_says_what_is_needed_to_make_it_again(page):
 
 def test_settings_that_differ_stand_beside_their_defaults(page):
     text = page.read_text()
-    row = re.search(r'<th scope="row">model.d_model</th><td>(\d+)</td><td>(\d+)</td>', text)
-    assert row and row.groups() == ("16", "256")
-    assert '<th scope="row">model.rope_theta</th>' not in text
-    assert "model.rope_theta" not in text and "rope_theta" in text  # in the whole config
+    rows = text.replace("<wbr>", "")
+    assert '<th scope="row">model.d_model</th><td>16</td><td>256</td>' in rows
+    assert '<th scope="row">model.rope_theta</th>' not in rows
+    assert "rope_theta" in text  # in the whole config
 
 
 def test_the_numbers_are_those_of_the_files(folder, page):
@@ -185,7 +186,7 @@ def test_a_run_without_any_finite_number_has_a_page(tmp_path):
 def test_a_long_run_has_a_page_of_bounded_size(tmp_path):
     run = make_run(tmp_path / "run", finished=False, steps=20_000, every=1)
     size = write_report(run).stat().st_size
-    assert size < 900_000 < (run / "metrics.jsonl").stat().st_size / 5
+    assert size < 600_000 < (run / "metrics.jsonl").stat().st_size / 5
 
 
 def test_trouble_on_the_way_is_told_first(lean, tmp_path):
@@ -348,6 +349,15 @@ def test_no_run_is_one_line(tmp_path):
                           capture_output=True, text=True, env=tiny_run.environment())
     assert (done.returncode, done.stdout) == (66, "")
     assert re.fullmatch(r"error: no run folder at .*\nhint: .*\n", done.stderr)
+
+
+@pytest.mark.parametrize("out", ["a/page.html", "b", "x" * 300])
+def test_a_place_that_cannot_be_written_is_one_line(lean, tmp_path, out):
+    (tmp_path / "a").write_text("a file")
+    (tmp_path / "b").mkdir()
+    with pytest.raises(ConfigError) as error:
+        report.main([f"--workdir={lean}", f"--out={tmp_path / out}"])
+    assert error.value.hint and "\n" not in error.value.message
 
 
 def test_the_verb_writes_where_it_is_told_and_prints_the_path(lean, tmp_path):

@@ -234,7 +234,13 @@ def _draw(lines: Sequence[Line], label: str, size: tuple[float, float],
           limits: tuple[float, float] | None, counted: Mapping[str, float] | None = None, *,
           log: bool = False) -> str:
     def draw(figure: Figure) -> None:
-        from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
+        from matplotlib.ticker import (
+            EngFormatter,
+            LogLocator,
+            MaxNLocator,
+            NullFormatter,
+            StrMethodFormatter,
+        )
 
         axes = figure.subplots()
         for line in lines:
@@ -242,7 +248,7 @@ def _draw(lines: Sequence[Line], label: str, size: tuple[float, float],
         if log:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
         elif limits:
             axes.set_ylim(*limits)

@@ -91,7 +91,8 @@ def render_page(top: Top, sections: Sequence[Section]) -> str:
     templates = Environment(
         loader=PackageLoader("hippocampus.probing.report", "templates"), autoescape=True,
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    templates.filters |= {"visible": visible, "level": _level, "color": _color}
+    templates.filters |= {"visible": visible, "breakable": _breakable, "level": _level,
+                          "color": _color}
     templates.globals |= {"kind": lambda block: type(block).__name__, "table": _table,
                           "picture": _picture, "FLAG": FLAG, "flag_meaning": _FLAG_MEANING}
     from markupsafe import Markup
@@ -99,6 +100,13 @@ def render_page(top: Top, sections: Sequence[Section]) -> str:
     style = resources.files("hippocampus.probing.report").joinpath("templates/page.css")
     return templates.get_template("page.html").render(
         top=top, sections=_with_ids(sections), style=Markup(style.read_text("utf-8")))
+
+
+def _breakable(text: object) -> Any:
+    """A long name, with places where a line may end."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"[._/]", r"\g<0><wbr>", str(escape(visible(text)))))
 
 
 def _section(section: Section | SuiteResult | tuple[SuiteResult, Mapping[str, Any]]) -> Section:

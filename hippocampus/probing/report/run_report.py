@@ -120,7 +120,8 @@ def _top(told: _Told) -> Top:
     else:
         status = (f"step {told.step:,} of {steps:,}", "open")
     paths = list(dict.fromkeys("+".join(layer) for layer in layer_paths(config.model)))
-    subtitle = (f"{', '.join(paths).replace('+', ' + ')}; {config.model.n_layers} layers of width "
+    layers = f"{config.model.n_layers} layer{'s' * (config.model.n_layers > 1)}"
+    subtitle = (f"{', '.join(paths).replace('+', ' + ')}; {layers} of width "
                 f"{config.model.d_model}, on {Path(config.data.corpus).name} "
                 f"({Path(config.data.tokenizer).name}, vocabulary {config.model.vocab_size:,})")
     blocks: list[Block] = [*trouble(told.folder, told.records.metrics), _facts(told),
@@ -143,8 +144,8 @@ def _tiles(told: _Told) -> list[Tile]:
     if told.counted and loss is not None:
         name, line = min(told.counted.items(), key=lambda item: item[1])
         change = loss / line - 1 if line else 0.0
-        tiles.append(Tile("against counting", f"{change:+.1%}", "loss",
-                          f"to the {name} line, {line:.3f} nats/token"))
+        tiles.append(Tile(f"against the {name} line", f"{change:+.1%}", "loss",
+                          f"{name}: {line:.3f} nats/token"))
     if parameters := _parameters(told):
         tiles.append(Tile("parameters", _short(parameters), "", f"{parameters:,}"))
     if told.step:

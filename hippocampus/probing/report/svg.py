@@ -22,9 +22,10 @@ _ELEMENTS = frozenset("""circle clipPath defs desc ellipse g image line linearGr
 _ATTRIBUTES = frozenset("""class clip-path clip-rule clipPathUnits cx cy d dx dy fill fill-opacity
     fill-rule font-family font-size font-style font-weight fx fy gradientTransform gradientUnits
     height id image-rendering offset opacity patternTransform patternUnits points
-    preserveAspectRatio r rotate rx ry stop-color stop-opacity stroke stroke-dasharray
-    stroke-dashoffset stroke-linecap stroke-linejoin stroke-miterlimit stroke-opacity stroke-width
-    style text-anchor textLength transform version viewBox width x x1 x2 y y1 y2""".split())  # noqa: SIM905
+    preserveAspectRatio r rotate rx ry shape-rendering stop-color stop-opacity stroke
+    stroke-dasharray stroke-dashoffset stroke-linecap stroke-linejoin stroke-miterlimit
+    stroke-opacity stroke-width style text-anchor textLength transform version viewBox width x x1
+    x2 y y1 y2""".split())  # noqa: SIM905
 
 # What matplotlib writes, confined to one picture by its class.
 _OWN_STYLE = re.compile(r"\s*\.p[0-9a-f]+ \*\s*\{[\w\s:;.-]*\}\s*")
