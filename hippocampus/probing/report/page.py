@@ -32,7 +32,7 @@ from hippocampus.probing.report.svg import clean_svg, width_points
 from hippocampus.probing.results import Plot, SuiteResult, TokenText
 
 _LEVELS = 9  # strengths of a token's colour that are told apart
-_WIDE_POINTS = 620.0  # a wider picture takes the whole row
+_WIDE_POINTS = 560.0  # a wider picture takes the whole row
 _NARROW_POINTS = 340.0  # a narrower one fits a phone
 _FLAG_MEANING = "worse than counting words (the unigram line)"
 _ALIASES = {"hop": "hopfield", "attn": "attention"}
