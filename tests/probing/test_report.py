@@ -1,5 +1,6 @@
 """What a report says of a folder, read as HTML: complete, honest, and safe whatever it holds."""
 
+import dataclasses
 import html.parser
 import json
 import re
@@ -143,7 +144,7 @@ def test_the_loss_of_a_run_is_drawn_with_the_count_based_lines(page):
 
 def test_a_flagged_row_is_marked_by_more_than_its_colour(page):
     row = re.search(r'<tr class="flagged">.*?</tr>', page.read_text(), re.DOTALL)
-    assert row and "only_hop" in row[0] and "unigram" in row[0]
+    assert row and "only_<wbr>hop" in row[0] and "unigram" in row[0]
     assert read(page).text.count("only_hop !") == 1
 
 
@@ -386,6 +387,31 @@ def test_a_page_of_anything(tmp_path):
     ids = [value for _, name, value in found.attributes if name == "id"
            and not re.match("p[0-9a-f]{10}-", value)]
     assert {"paths-2", "more"} <= set(ids) and len(ids) == len(set(ids))
+
+
+def test_a_protocol_stands_once_above_the_tables_that_share_it_else_below_each(tmp_path):
+    def table(name, protocol):
+        return ResultTable(name, name, (Column("n", "row"), Column("v", "value")),
+                           ({"n": "a", "v": -0.00001},), (protocol,))
+
+    other = dataclasses.replace(PROTOCOL, step=700)
+    for protocols, steps in (((PROTOCOL, PROTOCOL), ["600"]), ((PROTOCOL, other), ["600", "700"])):
+        tables = tuple(table(f"t{i}", protocol) for i, protocol in enumerate(protocols))
+        text = read(write_page(tmp_path / "page.html", "x", {}, [
+            SuiteResult("s", "s", tables)])).text
+        assert re.findall(r"average weights, step (\d+)", text) == steps
+        assert "-0.0000" not in text and "0.0000" in text
+
+
+def test_rows_of_several_categories_stand_below_their_names(tmp_path):
+    columns = (Column("n", "row"), Column("category", "category"), Column("v", "value"))
+    rows = tuple({"n": f"row_{i}", "category": f"kind {i // 2}", "v": i} for i in range(4))
+    for shown, wanted in ((rows, ["kind 0", "kind 1"]), (rows[:2], [])):
+        path = write_page(tmp_path / "page.html", "x", {}, [SuiteResult(
+            "s", "s", (ResultTable("t", "t", columns, shown, (PROTOCOL,)),))])
+        text = path.read_text()
+        assert re.findall(r'"rowgroup" colspan="2"><span>(.*?)</span>', text) == wanted
+        assert "category" not in read(path).text
 
 
 def test_thinning_keeps_the_mean_and_the_extremes():

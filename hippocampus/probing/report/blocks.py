@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hippocampus.evaluation.result_table import ResultTable
+from hippocampus.evaluation.result_table import Protocol, ResultTable
 from hippocampus.probing.results import Plot, SuiteResult, TokenText
 
 
@@ -113,12 +113,29 @@ class Figures:
       plots: in the order of showing.
       wide: the first picture once more for a wide screen, where it takes two columns; the first of
         `plots` is what a narrow one shows. None = no such.
-      large: two in a row of a wide screen instead of three.
     """
 
     plots: tuple[Plot, ...]
     wide: Plot | None = None
-    large: bool = False
+
+
+@dataclass(frozen=True)
+class Cards:
+    """Tables, pictures and texts, two in a row of a wide screen where they are narrow enough.
+
+    A protocol that all tables share is shown once, above them.
+
+    Attributes:
+      blocks: in the order of reading.
+    """
+
+    blocks: tuple[ResultTable | Plot | TokenText, ...]
+
+    @property
+    def shared(self) -> tuple[Protocol, ...]:
+        """The protocols of all tables; empty where they differ."""
+        found = {block.protocols for block in self.blocks if isinstance(block, ResultTable)}
+        return found.pop() if len(found) == 1 else ()
 
 
 @dataclass(frozen=True)
@@ -134,8 +151,8 @@ class Folded:
     blocks: tuple[Block, ...]
 
 
-Block = (Command | Facts | Figures | Folded | Grid | Listing | Note | Plot | ResultTable | Shares
-         | TokenText)
+Block = (Cards | Command | Facts | Figures | Folded | Grid | Listing | Note | Plot | ResultTable
+         | Shares | TokenText)
 
 
 @dataclass(frozen=True)
@@ -168,13 +185,10 @@ def suite_section(result: SuiteResult, about: Mapping[str, Any] | None = None) -
     """
     about = about or {}
     blocks: list[Block] = [Note(note) for note in result.notes]
-    blocks += result.tables
-    if result.plots:
-        blocks.append(Figures(result.plots, large=True))
-    blocks += result.texts
-    made = [f"step {about['step']}" if about.get("step") is not None else "",
-            f"{about['weights']} weights" if about.get("weights") else "",
-            f"seed {about['seed']}" if about.get("seed") is not None else "",
+    cards: list[ResultTable | Plot | TokenText] = [*result.tables, *result.plots, *result.texts]
+    if cards:
+        blocks.append(Cards(tuple(cards)))
+    made = [f"seed {about['seed']}" if about.get("seed") is not None else "",
             f"commit {about['commit']}" if about.get("commit") else "",
             f"{result.seconds:.1f} s" if result.seconds else "", device_names(about)]
     return Section(result.suite, result.title, tuple(blocks), ", ".join(filter(None, made)),

@@ -33,6 +33,7 @@ from hippocampus.probing.results import Plot, SuiteResult, TokenText
 
 _LEVELS = 9  # strengths of a token's colour that are told apart
 _WIDE_POINTS = 560.0  # a wider picture takes the whole row
+_CARD_PIXELS = 560  # of text that half a row has room for
 _NARROW_POINTS = 340.0  # a narrower one fits a phone
 _FLAG_MEANING = "worse than counting words (the unigram line)"
 _ALIASES = {"hop": "hopfield", "attn": "attention"}
@@ -162,20 +163,30 @@ class _Row:
 
 def _table(table: ResultTable) -> dict[str, Any]:
     """Columns with their alignment, and rows in groups of one category."""
-    cells = table.cells
-    rows = [_Row([str(row.get(table.columns[0].key)), *texts[1:]], str(row.get(FLAG) or ""),
-                 str(row.get("category") or ""))
-            for row, texts in zip(table.rows, cells, strict=True)]
-    grouped = len({row.category for row in rows}) > 1 and all(
-        column.key != "category" for column in table.columns)
+    columns = [i for i, column in enumerate(table.columns) if column.key != "category" or not i]
+    rows = [_Row([str(row.get(table.columns[0].key)), *(_no_minus_zero(texts[i])
+                                                         for i in columns[1:])],
+                 str(row.get(FLAG) or ""), str(row.get("category") or ""))
+            for row, texts in zip(table.rows, table.cells, strict=True)]
+    grouped = len({row.category for row in rows}) > 1
     groups: list[tuple[str, list[_Row]]] = []
     for row in rows:
         name = row.category if grouped else ""
         if not groups or groups[-1][0] != name:
             groups.append((name, []))
         groups[-1][1].append(row)
-    numbers = [_is_numeric(table, column) for column in table.columns[1:]]
-    return {"groups": groups, "numeric": [False, *numbers]}
+    shown = [table.columns[i] for i in columns]
+    numeric = [bool(n) and _is_numeric(table, column) for n, column in enumerate(shown)]
+    # The words of a header may stand below one another, a row is one line.
+    letters = sum(max(map(len, (*column.title.split(), *column.unit.split(),
+                                *(row.cells[n] for row in rows))), default=0)
+                  for n, column in enumerate(shown))
+    return {"columns": shown, "groups": groups, "numeric": numeric,
+            "is_wide": 7.6 * letters + 17 * len(shown) > _CARD_PIXELS}
+
+
+def _no_minus_zero(cell: str) -> str:
+    return cell[1:] if re.fullmatch(r"-0\.?0*", cell) else cell
 
 
 def _is_numeric(table: ResultTable, column: Column) -> bool:
