@@ -203,12 +203,21 @@ def test_trouble_on_the_way_is_told_first(lean, tmp_path):
 
 
 def test_a_recall_run_shows_its_accuracy(tmp_path):
-    run = make_run(tmp_path / "run", finished=False)
-    write_metrics(run, [{"step": step, "eval/loss": 1.0, "eval/loss_raw": 1.0,
-                         "eval/accuracy": step / 100} for step in (10, 50, 90)])
+    run = make_run(tmp_path / "run")
+    write_metrics(run, [{
+        "step": step, "eval/loss": 1.0, "eval/loss_raw": 1.0, "eval/accuracy": step / 100,
+        "eval/accuracy_raw": step / 200, "eval/accuracy_64x4": 1.0} for step in (10, 50, 90)])
+    (run / "results.json").write_text(json.dumps({"step": 90, "final/accuracy": 0.875}))
+    content = evaluation(accuracy={"ema": {"all": 0.875, "64x4": 0.9375}, "raw": {"all": 0.5}})
+    content["text"]["bytes"] = 0
+    (run / "data.json").write_text(json.dumps({"tokenizer": "b" * 64, "validation_bytes": 0}))
+    (run / "evaluations" / "validation-step600-c128-s128.json").write_text(json.dumps(content))
     path = write_report(run)
-    assert "Accuracy" in titles(path) and "90.0%" in read(path).text
-    assert "bits per byte" not in path.read_text()
+    assert {"Accuracy", "Accuracy by kind", "Right answers"} <= set(titles(path))
+    found = read(path).text
+    assert "87.5%" in found and "64x4 0.9375 -" in found
+    assert "bits per byte" not in path.read_text()  # a task has no bytes
+    assert "unigram 3.30" in path.read_text()
 
 
 def test_an_exported_model_has_a_page(folder, tmp_path):
@@ -323,7 +332,7 @@ def test_a_damaged_suite_is_named_and_the_others_are_shown(lean, tmp_path):
     tokens.write_text(tokens.read_text().replace('"classes": [', '"classes": ["one",', 1).replace(
         '"strengths": [', '"strengths": [0.5,', 1).replace('"tokens": [', '"tokens": ["x",', 1))
     text = read(write_report(run)).text
-    assert "gates.json" in text and "the results of tokens are damaged" in text
+    assert "gates.json" in text and "tokens.json is damaged" in text
     assert "--suite=gates again" in text and "Which memory carries the prediction" in text
 
 

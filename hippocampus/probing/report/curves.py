@@ -154,13 +154,18 @@ class _Drawer:
     def accuracy(self) -> tuple[Plot, ...]:
         """Share of right answers, of runs that are asked for some."""
         average, raw = self._take("eval/accuracy"), self._take("eval/accuracy_raw")
-        lines = [line for line in (Line(average, "validation", VALIDATION, "marked"),
+        lines = [line for line in (Line(average, "average weights", VALIDATION, "marked"),
                                    Line(raw, "raw weights", VALIDATION, "dashed"))
                  if len(line.series)]
-        if not lines:
-            return ()
-        return (Plot("accuracy", "Accuracy", "Share of the answers whose most likely token is "
-                     "right.", _draw(lines, "accuracy", SIZE, (-0.02, 1.02))),)
+        parts = [name for name in self._series if name.startswith("eval/accuracy_")
+                 and len(self._series[name]) and name != raw.name]
+        by_kind = [Line(self._take(name), name.removeprefix("eval/accuracy_"),
+                        SERIES[i % len(SERIES)], "marked") for i, name in enumerate(parts)]
+        return tuple(Plot(name, title, "Share of the answers whose most likely token is right.",
+                          _draw(drawn, "accuracy", SIZE, (-0.02, 1.02)))
+                     for name, title, drawn in (("accuracy", "Accuracy", lines),
+                                                ("accuracy_kinds", "Accuracy by kind", by_kind))
+                     if drawn)
 
     def terms(self) -> tuple[Plot, ...]:
         """One picture for each term of the loss; the passes share one."""

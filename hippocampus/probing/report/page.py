@@ -7,6 +7,7 @@ requests whatever is in it.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -87,20 +88,25 @@ def write_page(path: Path, title: str, header: Mapping[str, Any],
 
 def render_page(top: Top, sections: Sequence[Section]) -> str:
     """The HTML of a page."""
+    return _template().render(top=top, sections=_with_ids(sections))
+
+
+@functools.cache
+def _template() -> Any:
+    """page.html, compiled once."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
 
     templates = Environment(
         loader=PackageLoader("hippocampus.probing.report", "templates"), autoescape=True,
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     templates.filters |= {"visible": visible, "breakable": _breakable, "level": _level,
                           "color": _color}
-    templates.globals |= {"kind": lambda block: type(block).__name__, "table": _table,
-                          "picture": _picture, "FLAG": FLAG, "flag_meaning": _FLAG_MEANING}
-    from markupsafe import Markup
-
     style = resources.files("hippocampus.probing.report").joinpath("templates/page.css")
-    return templates.get_template("page.html").render(
-        top=top, sections=_with_ids(sections), style=Markup(style.read_text("utf-8")))
+    templates.globals |= {
+        "kind": lambda block: type(block).__name__, "table": _table, "picture": _picture,
+        "flag_meaning": _FLAG_MEANING, "style": Markup(style.read_text("utf-8"))}
+    return templates.get_template("page.html")
 
 
 def _breakable(text: object) -> Any:

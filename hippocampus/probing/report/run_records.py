@@ -12,7 +12,7 @@ from typing import Any
 from hippocampus.evaluation.result_table import FLAG, Column, Protocol, ResultTable
 from hippocampus.exports.run_records import RunRecords
 from hippocampus.probing.report.blocks import Block, Command, Folded, Listing, Note, command_line
-from hippocampus.probing.report.series import read_series
+from hippocampus.probing.report.series import is_finite, read_series
 from hippocampus.runs.run_folder import RunFolder
 
 _COLUMNS = (Column("model", "model"), Column("nats_per_token", "loss", "nats/token"),
@@ -20,14 +20,14 @@ _COLUMNS = (Column("model", "model"), Column("nats_per_token", "loss", "nats/tok
             Column("bits_per_byte", "bits", "bits/byte"),
             Column("word_perplexity", "perplexity", "ppl/word", 2),
             Column("skip_nats_per_token", "skip path", "nats/token"))
+_NAMES = {"ema": "average"}
 _MOST_SAMPLES, _MOST_CHARACTERS = 12, 4000
 
 
 def number(record: Mapping[str, Any], key: str) -> float | None:
     """A number of a record that may be damaged; None where there is none."""
     value = record.get(key)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number and value == value else None
+    return value if is_finite(value) else None
 
 
 def evaluation_table(content: Mapping[str, Any], name: str) -> ResultTable | None:
@@ -52,13 +52,29 @@ def evaluation_table(content: Mapping[str, Any], name: str) -> ResultTable | Non
         return ResultTable(name, f"{title}: step {protocol.step}, context {protocol.context}, "
                            f"stride {protocol.stride}", used, rows, (protocol,),
                            tuple(map(str, content.get("notes") or ())))
-    except (KeyError, TypeError, ValueError, OverflowError):
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         return None
 
 
+def accuracy_table(content: Mapping[str, Any], main: ResultTable) -> ResultTable | None:
+    """Right answers by kind of question, of a task that has some; None for another one."""
+    found = content.get("accuracy")
+    found = found if isinstance(found, dict) else {}
+    by_weights = {str(weights): shares for weights, shares in found.items()
+                  if isinstance(shares, dict)}
+    kinds = dict.fromkeys(str(kind) for shares in by_weights.values() for kind in shares)
+    if not kinds:
+        return None
+    columns = [Column(weights, f"{_NAMES.get(weights, weights)} weights", "share right", 4)
+               for weights in by_weights]
+    rows = tuple({"kind": kind, **{weights: number(shares, kind)
+                                   for weights, shares in by_weights.items()}} for kind in kinds)
+    return ResultTable(f"{main.name}_accuracy", "Right answers", (Column("kind", "kind"),
+                       *columns), rows, main.protocols)
+
+
 def _weights(rows: Any) -> list[str]:
-    names = {"ema": "average"}
-    return list(dict.fromkeys(names.get(row["weights"], str(row["weights"])) for row in rows
+    return list(dict.fromkeys(_NAMES.get(row["weights"], str(row["weights"])) for row in rows
                               if row.get("weights"))) or ["unknown"]
 
 
@@ -74,6 +90,8 @@ def evaluation_blocks(folder: RunFolder, records: RunRecords) -> list[Block]:
             blocks.append(Note(f"{file.name} is damaged and not shown", "warning"))
             continue
         blocks.append(found)
+        if accuracy := accuracy_table(content, found):
+            blocks.append(accuracy)
         if command := command_line(content.get("command")):
             blocks.append(Command(command))
     return blocks
@@ -86,16 +104,17 @@ def counted_lines(folder: RunFolder, records: RunRecords) -> tuple[dict[str, flo
       Nats per token by name, in the order of the file; bytes per token, None where not known.
     """
     first = str(records.results.get("evaluation", ""))
-    with contextlib.suppress(KeyError, TypeError, ValueError, ZeroDivisionError):
+    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
         wanted = read_any(folder.path / "evaluations" / Path(first).name) if first else None
         for content in ([wanted] if isinstance(wanted, dict) else records.evaluations):
             text = content["text"]
             if text["split"] == "validation" and content["tokenizer"]["digest"] == (
                     records.data.get("tokenizer")):
-                lines = {str(row["model"]): value for row in content["rows"]
-                         if row["kind"] == "line"
-                         and (value := number(row, "nats_per_token")) is not None}
-                return lines, float(text["bytes"]) / float(text["tokens"])
+                size, tokens = number(text, "bytes"), number(text, "tokens")
+                return {str(row["model"]): value for row in content["rows"]
+                        if row["kind"] == "line"
+                        and (value := number(row, "nats_per_token")) is not None
+                        }, size / tokens if size and tokens else None
     tokens = number(records.data, "validation_tokens")
     size = number(records.data, "validation_bytes")
     return {}, size / tokens if tokens and size else None

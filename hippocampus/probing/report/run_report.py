@@ -39,8 +39,8 @@ from hippocampus.probing.report.run_records import (
     sample_blocks,
     trouble,
 )
-from hippocampus.probing.report.series import MOST_POINTS, read_series
-from hippocampus.probing.results import SuiteResult, read_suite, suite_files
+from hippocampus.probing.report.series import MOST_POINTS, has_step, read_series
+from hippocampus.probing.results import read_suite, suite_files
 from hippocampus.runs.run_folder import RunFolder
 from hippocampus.training.clock import KINDS, clock_face
 
@@ -98,7 +98,7 @@ class _Told:
                              else read_json(folder.config))
         records = RunRecords.of(folder)
         counted, ratio = counted_lines(folder, records)
-        step = max((row["step"] for row in records.metrics if "step" in row), default=0)
+        step = max((row["step"] for row in records.metrics if has_step(row)), default=0)
         return cls(folder, config, automatic, exported, records, counted, ratio, step)
 
     def best(self, name: str, lowest: bool = True) -> float | None:
@@ -260,15 +260,24 @@ def _text_sections(told: _Told) -> list[Section]:
 
 
 def _suite_sections(probes: Path) -> list[Section]:
-    sections = []
-    for path in suite_files(probes, _suite_order()):
-        try:
-            result, about = read_suite(path)
-            _check(result)
-            sections.append(suite_section(result, about))
-        except DataError as error:
-            sections.append(Section(path.stem, path.stem, (Note(str(error), "warning"),)))
-    return sections
+    return [_suite(path) for path in suite_files(probes, _suite_order())]
+
+
+def _suite(path: Path) -> Section:
+    """The section of a suite's file, or one that says what is wrong with it."""
+    from jinja2 import TemplateError
+
+    try:
+        section = suite_section(*read_suite(path))
+        render_page(Top(""), [section])  # nothing has looked at its values before
+        return section
+    except DataError as error:
+        wrong = str(error)
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError,
+            TemplateError) as error:
+        wrong = (f"{path} is damaged: {str(error)[:200]} (run python -m hippocampus.probe "
+                 f"--suite={path.stem} again)")
+    return Section(path.stem, path.stem, (Note(wrong, "warning"),))
 
 
 def _suite_order() -> tuple[str, ...]:
@@ -277,19 +286,6 @@ def _suite_order() -> tuple[str, ...]:
     except ImportError:
         return ()
     return tuple(SUITES)
-
-
-def _check(result: SuiteResult) -> None:
-    """Refuses values that no table or text can show: the file may have been edited."""
-    try:
-        for table in result.tables:
-            _ = table.cells, table.all_notes
-        for text in result.texts:
-            _ = [(text.legend[index], 0.0 if strength is None else strength + 0.0)
-                 for index, strength in zip(text.classes, text.strengths, strict=True)]
-    except (TypeError, ValueError, IndexError, KeyError) as error:
-        raise DataError(f"the results of {result.suite} are damaged: {error!r}",
-                        f"run python -m hippocampus.probe --suite={result.suite} again") from None
 
 
 # ---------------------------------------------------------------- words

@@ -63,8 +63,8 @@ def names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def read_series(rows: Iterable[Mapping[str, Any]], name: str) -> Series:
     """The finite values of a series; what is no number counts as broken."""
-    found = [(row["step"], row[name]) for row in rows if name in row and "step" in row]
-    good = [(step, float(value)) for step, value in found if _is_finite(value)]
+    found = [(row["step"], row[name]) for row in rows if name in row and has_step(row)]
+    good = [(step, float(value)) for step, value in found if is_finite(value)]
     good.sort(key=lambda point: point[0])
     return Series(name, np.array([step for step, _ in good], float),
                   np.array([value for _, value in good], float), len(found) - len(good))
@@ -91,6 +91,12 @@ def after_warm_up(all_series: Sequence[Series], share: float = 0.1) -> np.ndarra
     return np.concatenate(kept) if kept else np.zeros(0)
 
 
-def _is_finite(value: Any) -> bool:
+def has_step(row: Mapping[str, Any]) -> bool:
+    """Whether a row says of which step it is."""
+    return isinstance(row.get("step"), int) and 0 <= row["step"] < 2**53
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value of a file is a number that can be drawn."""
     return (isinstance(value, int | float) and not isinstance(value, bool)
             and abs(value) < 1e300)  # false for NaN, and for integers that no float can be

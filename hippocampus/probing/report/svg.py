@@ -49,7 +49,7 @@ def clean_svg(plot: Plot) -> str:
     if root.tag != f"{_SVG}svg":
         raise DataError(f"the picture {plot.name} is not SVG", "run its probe again")
     root.set("role", "img")
-    root.set("aria-label", f"{plot.title}. {plot.caption}".strip())
+    root.set("aria-label", visible(f"{plot.title}. {plot.caption}".strip()))
     parts: list[str] = []
     _write(root, parts, True)
     return "".join(parts)
