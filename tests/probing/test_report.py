@@ -106,8 +106,9 @@ def test_the_curves_come_before_tables_and_probes(page):
     assert set(order[4:]) == {"paths", "gates", "tokens"}
 
 
-def test_it_says_what_is_needed_to_make_it_again(page):
+def test_it_says_what_is_needed_to_make_it_again(folder, page):
     text = read(page).text
+    assert f"This page: python -m hippocampus.report --workdir={folder}" in text
     for needed in ("0123456789ab", "2 x NVIDIA H100", "jax 0.10.2", "seed 0",
                    "python -m hippocampus.train --config=configs/tiny.py",
                    "python -m hippocampus.evaluate --workdir=run --stride=32",

@@ -214,7 +214,7 @@ def test_paper_gets_all_of_it(show, page):
     tab.emulate_media(media="print")
     assert not tab.locator("nav").is_visible()
     assert tab.get_by_text("model.d_model", exact=True).is_visible()  # folded away on a screen
-    assert tab.evaluate("""[...document.querySelectorAll('.passage')].every(
+    assert tab.evaluate("""[...document.querySelectorAll('.passage, .scroll')].every(
         e => e.scrollHeight <= e.clientHeight + 1)""")
 
 

@@ -51,6 +51,7 @@ class Top:
       subtitle: a line below it.
       tiles: numbers that are read first.
       blocks: the facts, and what is folded below them.
+      footer: a line below the sections.
     """
 
     title: str
@@ -59,6 +60,7 @@ class Top:
     subtitle: str = ""
     tiles: tuple[Tile, ...] = ()
     blocks: tuple[Block, ...] = ()
+    footer: str = ""
 
 
 def write_page(path: Path, title: str, header: Mapping[str, Any],

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hippocampus import __version__
 from hippocampus.config import FAMILIES, Config, layer_paths
 from hippocampus.config_files import fields, read_json
 from hippocampus.errors import DataError, HippocampusError
@@ -126,8 +127,9 @@ def _top(told: _Told) -> Top:
                 f"({Path(config.data.tokenizer).name}, vocabulary {config.model.vocab_size:,})")
     blocks: list[Block] = [*trouble(told.folder, told.records.metrics), _facts(told),
                            _settings(told)]
+    made = command_line(["report.py", f"--workdir={told.folder.path}"])
     return Top(config.name, "Hippocampus run", status, subtitle, tuple(_tiles(told)),
-               tuple(blocks))
+               tuple(blocks), f"This page: {made} (hippocampus {__version__})")
 
 
 def _tiles(told: _Told) -> list[Tile]:
