@@ -416,7 +416,10 @@ def test_a_protocol_stands_once_above_the_tables_that_share_it_else_below_each(t
 def test_rows_of_several_categories_stand_below_their_names(tmp_path):
     columns = (Column("n", "row"), Column("category", "category"), Column("v", "value"))
     rows = tuple({"n": f"row_{i}", "category": f"kind {i // 2}", "v": i} for i in range(4))
-    for shown, wanted in ((rows, ["kind 0", "kind 1"]), (rows[:2], [])):
+    turns = (rows[0], rows[2], rows[1])
+    alone = ({"n": "kind 9", "category": "kind 9", "v": 9}, *rows[:2])
+    for shown, wanted in ((rows, ["kind 0", "kind 1"]), (rows[:2], []), (turns, []),
+                          (alone, ["kind 0"])):
         path = write_page(tmp_path / "page.html", "x", {}, [SuiteResult(
             "s", "s", (ResultTable("t", "t", columns, shown, (PROTOCOL,)),))])
         text = path.read_text()

@@ -8,6 +8,7 @@ requests whatever is in it.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -176,21 +177,21 @@ def _table(table: ResultTable) -> dict[str, Any]:
                                                          for i in columns[1:])],
                  str(row.get(FLAG) or ""), str(row.get("category") or ""))
             for row, texts in zip(table.rows, table.cells, strict=True)]
-    grouped = len({row.category for row in rows}) > 1
-    groups: list[tuple[str, list[_Row]]] = []
-    for row in rows:
-        name = row.category if grouped else ""
-        if not groups or groups[-1][0] != name:
-            groups.append((name, []))
-        groups[-1][1].append(row)
+    groups = [(name, list(group)) for name, group in itertools.groupby(
+        rows, key=lambda row: row.category)]
+    names = [name for name, _ in groups]
+    if len(names) == 1 or len(set(names)) < len(names):  # one, or they take turns
+        groups = [("", rows)]
+    groups = [("" if [row.cells[0] for row in group] == [name] else name, group)
+              for name, group in groups]
     shown = [table.columns[i] for i in columns]
     numeric = [bool(n) and _is_numeric(table, column) for n, column in enumerate(shown)]
-    # The words of a header may stand below one another, a row is one line.
-    letters = sum(max(map(len, (*column.title.split(), *column.unit.split(),
-                                *(row.cells[n] for row in rows))), default=0)
-                  for n, column in enumerate(shown))
+    # The words of a header may stand below one another, a row is one line; names are bold.
+    letters = [max(map(len, (*re.split(r"[\s/]", column.title), *column.unit.split(),
+                             *(row.cells[n] for row in rows)))) for n, column in enumerate(shown)]
+    width = 7 * (sum(letters) + 0.15 * letters[0]) + 14 * len(letters)
     return {"columns": shown, "groups": groups, "numeric": numeric,
-            "is_wide": 7.6 * letters + 17 * len(shown) > _CARD_PIXELS}
+            "is_wide": width > _CARD_PIXELS}
 
 
 def _no_minus_zero(cell: str) -> str:
