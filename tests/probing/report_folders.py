@@ -107,6 +107,13 @@ def make_run(folder: Path, steps: int = 600, finished: bool = True, every: int =
     return folder
 
 
+def make_lean_run(folder: Path) -> Path:
+    """A run with few series, whose page takes a fraction of a second."""
+    run = make_run(folder)
+    write_metrics(run, [{"step": step, "train/loss": 2.0 + 1 / step} for step in (10, 20, 30)])
+    return run
+
+
 def write_metrics(folder: Path, rows: list[dict[str, Any]]) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 

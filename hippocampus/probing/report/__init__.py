@@ -3,9 +3,20 @@
 A page is one file that needs nothing else: no script, no request, pictures and style inside it.
 """
 
-from hippocampus.probing.report.blocks import Facts, Figures, Folded, Grid, Listing, Note, Section
+from hippocampus.probing.report.blocks import (
+    Cards,
+    Command,
+    Facts,
+    Figures,
+    Folded,
+    Grid,
+    Listing,
+    Note,
+    Section,
+    Shares,
+)
 from hippocampus.probing.report.page import write_page
 from hippocampus.probing.report.run_report import write_report
 
-__all__ = ["Facts", "Figures", "Folded", "Grid", "Listing", "Note", "Section", "write_page",
-           "write_report"]
+__all__ = ["Cards", "Command", "Facts", "Figures", "Folded", "Grid", "Listing", "Note", "Section",
+           "Shares", "write_page", "write_report"]
