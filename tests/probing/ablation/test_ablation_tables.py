@@ -5,7 +5,7 @@ import json
 import math
 from pathlib import Path
 
-import planted
+import planted_cells as planted
 import pytest
 
 from hippocampus.errors import DataError
