@@ -42,5 +42,6 @@ def get_config(argument: str = "hopfield") -> ConfigDict:
     config.data.recall.test_pairs = (IDS,)
     config.train.steps = 3000
     config.train.batch_size = max(1, 16_384 // length)
+    config.optimizer.learning_rate = 3e-3  # of all models
     config.sample.prompt = "5 3 12 0 0 1 1"
     return config
