@@ -199,12 +199,11 @@ def compiled_once(folder: Path) -> Iterator[None]:
     try:
         for name, value in settings.items():
             jax.config.update(name, value)
-        compilation_cache.reset_cache()
         yield
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
-        compilation_cache.reset_cache()
+        compilation_cache.reset_cache()  # JAX holds on to the first folder that it was given
         shutil.rmtree(folder, ignore_errors=True)
 
 

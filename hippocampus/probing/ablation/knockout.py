@@ -13,10 +13,13 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from hippocampus.config import PATHS
+from hippocampus.config_files import read_json
 from hippocampus.evaluation.result_table import Protocol
+from hippocampus.files import read_object
 from hippocampus.models.interventions import Interventions
 from hippocampus.probing.ablation.cells import Study
 from hippocampus.probing.probe import Probe, open_probe
+from hippocampus.runs.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ def measure(study: Study, say: Callable[[str], None], max_windows: int = 0) -> t
         for seed in study.grid.seeds:
             if study.finished(study.grid[whole], seed):
                 say(f"=== knock-outs of {whole}, seed {seed}")
-                probe = open_probe(study.folder(study.grid[whole], seed).path,
+                folder = study.folder(study.grid[whole], seed)
+                probe = open_probe(folder.path, batch_size=_rows(folder, max_windows),
                                    max_windows=max_windows)
                 found.append(Knockout(whole, seed, {paths: losses(probe, paths)
                                                     for paths in subsets}, probe.protocol))
@@ -69,3 +73,17 @@ def losses(probe: Probe, kept: Sequence[str]) -> tuple[float, float]:
     renormalised, raw = (probe.measure(Interventions(path_mask_LP=mask_LP, renormalize=sums_to_1))
                          for sums_to_1 in (True, False))
     return renormalised.loss, raw.loss
+
+
+def _rows(folder: RunFolder, max_windows: int) -> int:
+    """Windows in a batch: as many as the run's own, or a few less where fewer are left over.
+
+    A probe has full batches only, and is compared with an evaluation of the whole split.
+    """
+    config, _ = read_json(folder.config)
+    most = config.eval.batch_size
+    tokens = read_object(folder.data, "restore it from a copy").get("validation_tokens", 0)
+    windows = (tokens - 1) // (config.eval.context or config.data.context)
+    windows = min(windows, max_windows or windows)
+    sizes = range(most, most // 2, -1) if windows >= most else [most]
+    return min(sizes, key=lambda size: windows % size)

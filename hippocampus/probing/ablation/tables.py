@@ -90,7 +90,7 @@ _KNOCKOUT_NOTES = (
 def size_table(findings: Findings) -> ResultTable:
     """What every cell costs."""
     columns = (Column("name", "cell"), Column("parameters", "parameters"),
-               Column("flops", "FLOPs/token", digits=0), Column("tokens", "tokens"),
+               Column("flops", "FLOPs per token", digits=0), Column("tokens", "tokens"),
                Column("all_flops", "FLOPs", digits=0), Column("seconds", "seconds", digits=1),
                Column("speed", "tokens/s", digits=0))
     rows = []

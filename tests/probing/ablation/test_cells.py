@@ -19,13 +19,16 @@ def test_what_one_seed_compiled_the_next_one_reads(tmp_path):
             return x
         return jax.jit(step)
 
-    with compiled_once(tmp_path / "compiled"):
-        first = train_step()(jnp.eye(3))
-        assert not any("cache_hits" in name for name in events)
-        second = train_step()(jnp.eye(3))
-        assert any("cache_hits" in name for name in events)
-    assert (first == second).all()
-    assert not (tmp_path / "compiled").exists()
+    for folder in (tmp_path / "compiled", tmp_path / "of another ablation"):
+        with compiled_once(folder):
+            events.clear()
+            first = train_step()(jnp.eye(3))
+            assert not any("cache_hits" in name for name in events)
+            assert any(folder.rglob("*-cache"))
+            second = train_step()(jnp.eye(3))
+            assert any("cache_hits" in name for name in events)
+        assert (first == second).all()
+        assert not folder.exists()
     assert jax.config.jax_compilation_cache_dir is None
 
 

@@ -35,6 +35,8 @@ def test_every_subset_is_measured_for_every_finished_seed(study):
     assert set(found.losses) == {("hopfield", "attention"), ("hopfield",), ("attention",)}
     assert said == ["=== knock-outs of full, seed 0"]
     assert found.protocol.weights == "ema" and found.protocol.split == "validation"
+    # 598 predictions are 37 windows of 16; batches of 6 leave one out, of 8 five.
+    assert found.protocol.tokens == 36 * 16
 
 
 def test_a_knockout_is_the_model_without_those_paths(study):
