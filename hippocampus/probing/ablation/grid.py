@@ -20,9 +20,7 @@ from hippocampus.config import PATHS, Config, layer_paths
 from hippocampus.config_checks import check_together
 from hippocampus.config_files import fields, load_config
 from hippocampus.errors import ConfigError
-
-SHORT = {"ssm": "ssm", "hopfield": "hop", "attention": "attn"}
-"""Names of the paths in tables and folders."""
+from hippocampus.probing.rows import SHORT
 
 FULL = "full"
 """Name of the model that has all paths."""

@@ -21,6 +21,7 @@ from hippocampus.probing.ablation.pictures import draw
 from hippocampus.probing.ablation.rows import write_csv
 from hippocampus.probing.ablation.runs import read_finished
 from hippocampus.probing.ablation.summaries import Findings, find, scaling_fits
+from hippocampus.probing.report import write_page
 from hippocampus.probing.results import SuiteResult, write_suite
 from hippocampus.runs.run_folder import environment
 from hippocampus.training.data import read_data
@@ -97,7 +98,7 @@ def carry_out(study: Study, say: Callable[[str], None], target: float | None = N
         result = conclude(study, findings, knockouts, failed, time.perf_counter() - started)
         about = made_by(study)
         written = [*write_csv(study.out, findings, knockouts, about),
-                   write_suite(study.out, result, about), *_page(study, result, about)]
+                   write_suite(study.out, result, about), _page(study, result, about)]
     finally:
         lock.release()
     return Outcome(result, tuple(written))
@@ -157,17 +158,13 @@ def made_by(study: Study) -> dict[str, Any]:
             "seed": study.grid.seeds[0], "seeds": list(study.grid.seeds), "date": now}
 
 
-def _page(study: Study, result: SuiteResult, about: dict[str, Any]) -> list[Path]:
-    try:
-        from hippocampus.probing.report import write_page
-    except ImportError:
-        return []
+def _page(study: Study, result: SuiteResult, about: dict[str, Any]) -> Path:
     header = {name: about[name] for name in ("config", "commit", "version", "devices", "date",
                                              "command")}
     header |= {"cells": len(study.grid.cells), "seeds": about["seeds"],
                "baseline": study.grid.baseline}
-    return [write_page(study.out / "report.html", result.title, header, [(result, about)],
-                       kicker="Ablation")]
+    return write_page(study.out / "report.html", result.title, header, [(result, about)],
+                      kicker="Ablation")
 
 
 def _vocabulary(study: Study) -> int:

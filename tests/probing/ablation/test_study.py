@@ -130,8 +130,10 @@ def test_the_files_hold_the_losses_of_the_runs(uninterrupted):
     result, about = read_suite(out / "ablation.json")
     assert [table.name for table in result.tables] == ["losses", "differences", "speed", "sizes"]
     assert about["seeds"] == [0, 1] and about["config"] == "tiny"
-    assert [path.name for path in done.written][:3] == ["ablation.csv", "runs.csv",
-                                                        "ablation.json"]
+    assert [path.name for path in done.written] == ["ablation.csv", "runs.csv", "ablation.json",
+                                                    "report.html"]
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") == 2 and "width=24" in page and "unigram" in page
 
 
 def test_an_ablation_stopped_and_killed_ends_with_the_same_tables(uninterrupted, tmp_path, quiet):
