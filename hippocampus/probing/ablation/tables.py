@@ -234,7 +234,7 @@ def _loss_notes(findings: Findings) -> list[str]:
                      "word it stands for: such rows are too low")
     notes += grid.notes
     for what, values in (("devices", {_devices(run) for run in findings.runs}),
-                         ("versions", {str(run.environment.get("commit")) for run in
+                         ("commits", {str(run.environment.get("commit")) for run in
                                        findings.runs})):
         if len(values) > 1:
             notes.append(f"the runs are of {len(values)} {what}: {', '.join(sorted(values))}")
