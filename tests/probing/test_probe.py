@@ -138,6 +138,15 @@ def test_results_say_what_made_them(probe):
     assert (made["config"], made["weights"], made["step"]) == ("tiny", "ema", probe.lm.step)
 
 
+def test_an_exported_model_is_probed_like_the_run(probe, tmp_path):
+    from hippocampus.evaluation.export_run import Request, export_run
+
+    export_run(tiny_run.trained(), tmp_path / "export", Request())
+    exported = open_probe(tmp_path / "export", max_windows=20)
+    assert exported.protocol == probe.protocol and exported.lines == probe.lines
+    assert exported.baseline.loss == probe.baseline.loss
+
+
 def test_weights_are_the_average_where_there_is_one(probe):
     raw = open_probe(tiny_run.trained(), weights="raw", max_windows=8)
     assert (probe.protocol.weights, raw.protocol.weights) == ("ema", "raw")
