@@ -1,20 +1,25 @@
-"""The recipes of docs/probing.md: short, and they find what they say they find."""
+"""The Python of docs/probing.md runs; recipes are short and find what they say they find."""
 
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from planted import probe_of
 
 import hippocampus as hp
 from hippocampus.data.tokenizers import byte_tokenizer
 from hippocampus.generation.language_model import LanguageModel
+from hippocampus.probing import probe
+from hippocampus.probing.results import write_suite
+from hippocampus.probing.suites import ssm
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 DOCS = Path(__file__).resolve().parents[2] / "docs/probing.md"
 RECIPES = dict(re.findall(r"### (\w[\w ]+)\n(?:(?!###).)*?<!-- tested -->\n```python\n(.*?)```",
                           DOCS.read_text("utf-8"), re.DOTALL))
+BLOCKS = re.findall(r"<!-- tested -->\n```python\n(.*?)```", DOCS.read_text("utf-8"), re.DOTALL)
 MODELS = {"all paths, two passes": {}, "one pass, grouped keys": {
     "model.segments.train": 1, "model.attention.n_kv_heads": 1, "model.tie_embeddings": False}}
 
@@ -70,3 +75,27 @@ def test_the_paths_of_a_layer_say_what_its_mixer_says(run_recipe, capsys):
 def test_the_heads_of_a_path_say_what_the_path_says(run_recipe):
     found = run_recipe("Head attribution")
     assert found["said"].shape == (2,) and np.abs(found["said"]).min() > 1e-6
+
+
+def test_an_own_probe_measures_and_sees(built, tiny_config, monkeypatch, capsys):
+    own = probe_of(built, tiny_config)
+    monkeypatch.setattr(probe, "open_probe", lambda folder, max_windows: own)
+    code, = (block for block in BLOCKS if "open_probe" in block)
+    names: dict = {}
+    exec(code, names)
+    damage, sizes = capsys.readouterr().out.splitlines()
+    assert damage.endswith("nats/token") and names["damage"].nats != 0
+    assert all(f"layers.{i}.residual" in sizes for i in range(own.n_layers))
+
+
+def test_results_are_read_again(built, tiny_config, monkeypatch, tmp_path, capsys):
+    own = probe_of(built, tiny_config, {"model.paths": ("ssm",), "model.segments.train": 1})
+    write_suite(tmp_path / "checkpoints/quickstart/probes", ssm.run(own), {"command": ["x"]})
+    monkeypatch.chdir(tmp_path)
+    code, = (block for block in BLOCKS if "read_suites" in block)
+    exec(code, {})
+    assert capsys.readouterr().out.startswith("ssm Memory of the state-space channels 2")
+
+
+def test_every_tested_block_is_tested_here():
+    assert len(BLOCKS) == len(RECIPES) + 2
