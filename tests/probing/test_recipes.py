@@ -20,14 +20,18 @@ DOCS = Path(__file__).resolve().parents[2] / "docs/probing.md"
 RECIPES = dict(re.findall(r"### (\w[\w ]+)\n(?:(?!###).)*?<!-- tested -->\n```python\n(.*?)```",
                           DOCS.read_text("utf-8"), re.DOTALL))
 BLOCKS = re.findall(r"<!-- tested -->\n```python\n(.*?)```", DOCS.read_text("utf-8"), re.DOTALL)
-MODELS = {"all paths, two passes": {}, "one pass, grouped keys": {
-    "model.segments.train": 1, "model.attention.n_kv_heads": 1, "model.tie_embeddings": False}}
+MODELS = [
+    pytest.param({"model.paths": ("hopfield", "attention")}, id="two paths, two passes"),
+    pytest.param({}, id="all paths", marks=pytest.mark.full),
+    pytest.param({"model.segments.train": 1, "model.attention.n_kv_heads": 1,
+                  "model.tie_embeddings": False}, id="one pass, grouped keys",
+                 marks=pytest.mark.full)]
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def run_recipe(request, built, tiny_config):
     """Runs a recipe as it stands, on a model with random parameters; returns its names."""
-    overrides = {"model.vocab_size": 256, "data.context": 32, **MODELS[request.param]}
+    overrides = {"model.vocab_size": 256, "data.context": 32, **request.param}
     lm = LanguageModel(*built(overrides), byte_tokenizer(), tiny_config(overrides))
 
     def run(name):
@@ -47,7 +51,6 @@ def test_there_are_four_and_each_has_at_most_fifteen_lines():
         assert len(code.strip().splitlines()) <= 15, name
 
 
-@pytest.mark.parametrize("run_recipe", ["all paths, two passes"], indirect=True)
 def test_a_patch_of_the_last_layer_restores_all_at_the_last_token_and_nothing_elsewhere(run_recipe):
     restored = run_recipe("Activation patching")["restored"]
     assert restored.shape == (2, len("if x is not No"))
@@ -69,7 +72,8 @@ def test_the_paths_of_a_layer_say_what_its_mixer_says(run_recipe, capsys):
     found = run_recipe("Path attribution")
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 2 and all(path in printed[1] for path in found["paths"])
-    assert found["said"].shape == (3,) and np.abs(found["said"]).min() > 1e-6
+    assert found["said"].shape == (len(found["paths"]),)
+    assert np.abs(found["said"]).min() > 1e-6
 
 
 def test_the_heads_of_a_path_say_what_the_path_says(run_recipe):
@@ -78,7 +82,8 @@ def test_the_heads_of_a_path_say_what_the_path_says(run_recipe):
 
 
 def test_an_own_probe_measures_and_sees(built, tiny_config, monkeypatch, capsys):
-    own = probe_of(built, tiny_config)
+    own = probe_of(built, tiny_config, {"model.paths": ("hopfield", "attention"),
+                                        "model.segments.train": 1})
     monkeypatch.setattr(probe, "open_probe", lambda folder, max_windows: own)
     code, = (block for block in BLOCKS if "open_probe" in block)
     names: dict = {}

@@ -80,12 +80,13 @@ def test_a_constant_decay_gives_its_known_rate_and_a_first_token_none():
 def test_falls_and_rises_of_an_energy_are_counted_and_rounding_is_neither():
     path = jnp.asarray([[3.0, 2.0, 1.0], [3.0, 3.0 + 1e-6, 3.0], [3.0, 2.0, 2.5]])  # token, J
     energy = path.T[:, None, :, None]  # J, one row, three tokens, one head
-    found = views.energy_view(energy, jnp.ones((1, 3)), tolerance=1e-6)
+    energy_view = jax.jit(views.energy_view)
+    found = energy_view(energy, jnp.ones((1, 3)), tolerance=1e-6)
     np.testing.assert_array_equal(found["fell"][0], [2, 1])
     np.testing.assert_array_equal(found["rose"][0], [0, 1])
     np.testing.assert_allclose(found["largest_rise"][0, 1], 0.5)
     np.testing.assert_allclose(found["energy"][0], [9, 7, 6.5], rtol=1e-6)
-    unread = views.energy_view(energy, jnp.asarray([[1.0, 1.0, 0.0]]), tolerance=1e-6)
+    unread = energy_view(energy, jnp.asarray([[1.0, 1.0, 0.0]]), tolerance=1e-6)
     assert not np.asarray(unread["rose"]).any() and float(unread["largest_rise"].max()) < 1e-6
 
 

@@ -13,6 +13,8 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 SHARES = ((0.7, 0.2, 0.1), (0.1, 0.3, 0.6))
 ONE_PASS = {"model.segments.train": 1}
+PLAIN = {"model.segments.train": 1, "model.paths": ("attention",)}
+TWO_PATHS = {"model.paths": ("hopfield", "attention")}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def test_a_text_shows_the_path_that_adds_most_and_not_the_one_with_the_largest_g
 
 
 def test_gates_that_read_the_token_change_the_loss_by_being_held(run):
-    result = run(gates)
+    result = run(gates, TWO_PATHS)
     assert all(abs(delta) > 1e-6 for delta in column(table(result, "fixed_gates"), "delta"))
     found = table(result, "gates")
     assert min(column(found, "spread")) > 1e-3
@@ -105,11 +107,11 @@ def all_idle(params):
 
 
 def test_the_lens_at_the_last_layer_is_the_model_and_an_idle_layer_changes_nothing(run):
-    result = run(lens, {}, idle)
+    result = run(lens, TWO_PATHS, idle)
     found = table(result, "lens")
     assert column(found, "state") == ["embedding", "pass 1 layer 0", "pass 1 layer 1",
                                       "pass 2 layer 0", "pass 2 layer 1"]
-    model = column(table(run(flow, {}, idle), "passes"), "loss")
+    model = column(table(run(flow, TWO_PATHS, idle), "passes"), "loss")
     assert column(found, "loss")[2::2] == pytest.approx(model, rel=1e-5)
     for key in ("loss", "agrees", "divergence"):
         assert column(found, key, depth=1) == column(found, key, depth=2)
@@ -134,7 +136,7 @@ def guessing(params):
 
 
 def test_a_model_that_guesses_loses_log_v_everywhere(run):
-    result = run(tokens, ONE_PASS, guessing)
+    result = run(tokens, PLAIN, guessing)
     places, frequencies = table(result, "places"), table(result, "frequencies")
     for found in (places, frequencies):
         np.testing.assert_allclose(column(found, "loss"), math.log(256), rtol=1e-5)
@@ -145,8 +147,8 @@ def test_a_model_that_guesses_loses_log_v_everywhere(run):
 
 
 def test_frequencies_are_those_of_the_text(run):
-    found = table(run(tokens, ONE_PASS, documents=True), "frequencies")
-    probe = run.probe(ONE_PASS, documents=True)
+    found = table(run(tokens, PLAIN, documents=True), "frequencies")
+    probe = run.probe(PLAIN, documents=True)
     ids = np.asarray(probe.text.ids)
     share = np.bincount(ids, minlength=256) / len(ids)
     targets = np.concatenate([batch.targets_BT.ravel() for batch in probe.host_batches])
@@ -159,8 +161,8 @@ def test_frequencies_are_those_of_the_text(run):
 
 
 def test_losses_of_places_are_means_of_the_tokens_there(run):
-    found = table(run(tokens, ONE_PASS, documents=True), "places")
-    probe = run.probe(ONE_PASS, documents=True)
+    found = table(run(tokens, PLAIN, documents=True), "places")
+    probe = run.probe(PLAIN, documents=True)
 
     def log_p(model, params, batch):
         hidden, _, _ = model.apply({"params": params}, batch, method="forward")
@@ -175,8 +177,8 @@ def test_losses_of_places_are_means_of_the_tokens_there(run):
 
 
 def test_a_passage_shows_what_is_predicted_and_how_hard_it_was(run):
-    text = run(tokens, ONE_PASS, documents=True).texts[0]
-    probe = run.probe(ONE_PASS, documents=True)
+    text = run(tokens, PLAIN, documents=True).texts[0]
+    probe = run.probe(PLAIN, documents=True)
     assert "".join(text.tokens) == probe.lm.tokenizer.decode(probe.host_batches[0].targets_BT[0])
     assert all(0 <= strength <= 1 for strength in text.strengths)
     assert set(text.classes) == {0, 1}  # some are easier, some harder than the mean
@@ -185,7 +187,7 @@ def test_a_passage_shows_what_is_predicted_and_how_hard_it_was(run):
 # ---------------------------------------------------------------- flow
 
 def test_without_a_velocity_network_the_passes_stand_alone(run):
-    result = run(flow, {}, idle)
+    result = run(flow, TWO_PATHS, idle)
     assert [found.name for found in result.tables] == ["ways", "passes"]
     passes = table(result, "passes")
     assert column(passes, "result") == ["pass 1", "pass 2"]
@@ -194,7 +196,7 @@ def test_without_a_velocity_network_the_passes_stand_alone(run):
 
 
 def test_one_layer_that_moves_is_a_straight_way(run):
-    found = table(run(flow, {}, idle), "ways")
+    found = table(run(flow, TWO_PATHS, idle), "ways")
     assert column(found, "ratio") == pytest.approx([1, 1], rel=1e-5)
     # The state stands at its end after half of the layers: off by half the way.
     assert column(found, "off") == pytest.approx([0.25, 0.25], rel=1e-2)
@@ -206,7 +208,7 @@ def still(params):
 
 
 def test_a_velocity_of_zero_misses_the_whole_way_and_skips_nothing(run):
-    result = run(flow, {"loss.rectified_flow.segment_weight": 0.1}, still)
+    result = run(flow, {**TWO_PATHS, "loss.rectified_flow.segment_weight": 0.1}, still)
     np.testing.assert_allclose(column(table(result, "velocity"), "miss"), 1, atol=0.05)
     passes = table(result, "passes")
     loss = dict(zip(column(passes, "result"), column(passes, "loss"), strict=True))
