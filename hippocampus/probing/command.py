@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from rich.console import Console
 
 from hippocampus.files import check_writable
 from hippocampus.probing.probe import about, open_probe
+from hippocampus.probing.report import write_report
 from hippocampus.probing.results import SuiteResult, write_suite
 from hippocampus.probing.rows import write_results
 from hippocampus.probing.suites import SUITES, choose_suites, run_suites
@@ -19,7 +19,7 @@ FOLDER = "probes"
 
 
 def probe_run(workdir: str | Path, suites: str = "", out: str | Path | None = None,
-              console: Console | None = None, **settings: Any) -> tuple[Path, Path | None]:
+              console: Console | None = None, **settings: Any) -> tuple[Path, Path]:
     """Runs suites and writes what they find; each is on disk before the next one begins.
 
     Args:
@@ -56,17 +56,9 @@ def probe_run(workdir: str | Path, suites: str = "", out: str | Path | None = No
 
     run_suites(probe, names, _printer(console), done)
     results = write_results(folder, tuple(SUITES))
-    report = _report(probe.run, None if out is None else folder / "report.html", folder)
-    console.print(f"\n{results}\n{report or ''}", soft_wrap=True, markup=False)
+    report = write_report(probe.run, None if out is None else folder / "report.html", folder)
+    console.print(f"\n{results}\n{report}", soft_wrap=True, markup=False)
     return results, report
-
-
-def _report(run: Path, out: Path | None, probes: Path) -> Path | None:
-    if importlib.util.find_spec("hippocampus.probing.report") is None:
-        return None
-    from hippocampus.probing.report import write_report
-
-    return write_report(run, out, probes)
 
 
 def _printer(console: Console) -> Callable[[str], None]:
