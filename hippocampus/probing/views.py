@@ -7,7 +7,8 @@ has a leading axis of windows, so that means have standard errors over windows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -319,3 +320,9 @@ def over_windows(probe: Any, view: Callable[[Any, Any, Batch], dict[str, Array]]
     """
     found: dict[str, np.ndarray] = probe.map(view)
     return {name: value.reshape(-1, *value.shape[2:]) for name, value in found.items()}
+
+
+def known(rows: Iterable[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+    """Rows of a table in which what cannot be known, such as the error of one window, is None."""
+    return tuple({key: None if isinstance(value, float) and math.isnan(value) else value
+                  for key, value in row.items()} for row in rows)

@@ -122,6 +122,11 @@ def test_a_mean_over_windows_is_that_of_the_tokens_with_the_error_of_the_windows
     assert np.isnan(views.window_mean(np.zeros(2), np.zeros(2))[0])
 
 
+def test_what_cannot_be_known_is_none():
+    assert views.known([{"a": float("nan"), "b": 1.5, "c": "x", "d": float("inf")}]) == (
+        {"a": None, "b": 1.5, "c": "x", "d": float("inf")},)
+
+
 def test_rows_are_taken_a_few_at_a_time_where_the_arrays_are_large(monkeypatch):
     seen = []
 

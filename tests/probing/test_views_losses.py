@@ -140,24 +140,24 @@ def test_a_model_that_guesses_loses_log_v_everywhere(run):
     places, frequencies = table(result, "places"), table(result, "frequencies")
     for found in (places, frequencies):
         np.testing.assert_allclose(column(found, "loss"), math.log(256), rtol=1e-5)
-        np.testing.assert_allclose(column(found, "loss_stderr"), 0, atol=1e-5)
+        errors = [error for error in column(found, "loss_stderr") if error is not None]
+        np.testing.assert_allclose(errors, 0, atol=1e-5)  # unknown for a class of one window
         assert sum(column(found, "tokens")) == WINDOWS * CONTEXT
     assert column(places, "place") == ["0", "1", "2-3", "4-7", "8-15", "16-23"]
     assert column(places, "tokens") == [WINDOWS * n for n in (1, 1, 2, 4, 8, 8)]
 
 
-def test_frequencies_are_those_of_the_text(run):
+def test_frequencies_are_those_of_what_is_predicted(run):
     found = table(run(tokens, PLAIN, documents=True), "frequencies")
     probe = run.probe(PLAIN, documents=True)
-    ids = np.asarray(probe.text.ids)
-    share = np.bincount(ids, minlength=256) / len(ids)
     targets = np.concatenate([batch.targets_BT.ravel() for batch in probe.host_batches])
+    share = np.bincount(targets, minlength=256) / len(targets)
     common = targets[share[targets] >= 0.1]
     assert column(found, "share")[0] == "10 % or more"
     assert column(found, "tokens")[0] == len(common)
     assert column(found, "kinds")[0] == (share >= 0.1).sum()
     assert column(found, "unigram")[0] == pytest.approx(-np.log(share[common]).mean())
-    assert sum(column(found, "kinds")) == len(np.unique(ids))
+    assert sum(column(found, "kinds")) == len(np.unique(targets))
 
 
 def test_losses_of_places_are_means_of_the_tokens_there(run):

@@ -23,7 +23,7 @@ TITLE = "Where the heads of attention look"
 
 _COLUMNS = (
     Column("head", "layer and head"), Column("entropy", "entropy", "nats", 3),
-    Column("entropy_stderr", "±", "s.e.", 3), Column("tokens", "exp(entropy)", "tokens", 1),
+    Column("entropy_stderr", "± s.e.", "", 3), Column("tokens", "exp(entropy)", "tokens", 1),
     Column("distance", "distance", "tokens", 1), Column("first", "on the first token", "share", 3),
     Column("itself", "on itself", "share", 3))
 _PICTURES = (("entropy", "entropy (nats)", ".1f"), ("distance", "distance (tokens)", ".0f"),
@@ -59,7 +59,7 @@ def run(probe: Probe) -> SuiteResult:
     rows = [row for i in layers for row in _rows(i, found)]
     n = int(found["counted"].sum())
     table = ResultTable(
-        "heads", "Heads of attention", _COLUMNS, tuple(rows), (probe.protocol,),
+        "heads", "Heads of attention", _COLUMNS, views.known(rows), (probe.protocol,),
         (f"means over {n:,} tokens that have another one before them in their document",
          "distance: of the tokens read, weighted by attention; even attention over n tokens has "
          "the entropy log n and the distance (n - 1) / 2",

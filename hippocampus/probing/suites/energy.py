@@ -23,7 +23,7 @@ TITLE = "The energy along each retrieval"
 _COLUMNS = (
     Column("step", "layer and step"), Column("energy", "energy"),
     Column("spread", "sd over tokens"), Column("change", "change"),
-    Column("change_stderr", "±", "s.e."), Column("fell", "fell", "share of tokens", 3),
+    Column("change_stderr", "± s.e."), Column("fell", "fell", "share of tokens", 3),
     Column("rose", "rose", "share of tokens", 6), Column("largest_rise", "largest rise", "", 7))
 
 
@@ -56,7 +56,7 @@ def run(probe: Probe) -> SuiteResult:
         f"mean over tokens and heads; rose: by more than {tolerance:.1g} of the largest energy, "
         f"which rounding in {dtype.name} explains",
         f"! the energy ROSE: {', '.join(rising)}" if rising else "no retrieval raised its energy")
-    table = ResultTable("energy", "Energy after each step", _COLUMNS, tuple(rows),
+    table = ResultTable("energy", "Energy after each step", _COLUMNS, views.known(rows),
                         (probe.protocol,), notes)
     height = 1.0 + 1.5 * -(-len(layers) // 4)
     plot = Plot(

@@ -27,14 +27,14 @@ TIMES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 _WAYS = (
     Column("way", "way"), Column("ratio", "distance / length", "", 3),
-    Column("ratio_stderr", "±", "s.e.", 3), Column("off", "straightness loss", "", 3),
+    Column("ratio_stderr", "± s.e.", "", 3), Column("off", "straightness loss", "", 3),
     Column("move", "distance / start", "", 3))
 _PASSES = (
     Column("result", "result of"), Column("loss", "loss", "nats/token"),
-    Column("loss_stderr", "±", "s.e."), Column("bits_per_byte", "loss", "bits/byte"),
+    Column("loss_stderr", "± s.e."), Column("bits_per_byte", "loss", "bits/byte"),
     Column("move", "move from the pass before", "", 4))
 _VELOCITY = (Column("time", "time"), Column("miss", "|v - (x1 - x0)|² / |x1 - x0|²"),
-             Column("miss_stderr", "±", "s.e."))
+             Column("miss_stderr", "± s.e."))
 
 
 def run(probe: Probe) -> SuiteResult:
@@ -45,14 +45,15 @@ def run(probe: Probe) -> SuiteResult:
     weight_W = found["weight"]
     tables = [
         ResultTable("ways", "The way through the layers", _WAYS,
-                    tuple(_way(found, weight_W, r, passes) for r in range(passes)),
+                    views.known(_way(found, weight_W, r, passes) for r in range(passes)),
                     (probe.protocol,),
                     ("distance / length: |h_L - h_0| over the sum of the layers' steps; 1 = "
                      "straight", "straightness loss: sum over the layers of the squared distance "
                      "from the line between the ends, over |h_L - h_0|² (loss.rectified_flow."
                      "depth_weight trains it)")),
         ResultTable("passes", "Loss after every pass", _PASSES,
-                    tuple(_results(probe, found, weight_W, passes, has_flow)), (probe.protocol,),
+                    views.known(_results(probe, found, weight_W, passes, has_flow)),
+                    (probe.protocol,),
                     ("move: |x_r - x_(r-1)| / |x_(r-1)| of the normalised states",
                      "no velocity network: loss.rectified_flow.segment_weight is 0"
                      if not has_flow else "skip: pass 1 and one Euler step of the velocity "
@@ -61,8 +62,9 @@ def run(probe: Probe) -> SuiteResult:
         miss, error = views.window_mean(found["miss"], weight_W)
         tables.append(ResultTable(
             "velocity", "Velocity network against the straight way", _VELOCITY,
-            tuple({"time": f"{time:.2f}", "miss": float(miss[i]), "miss_stderr": float(error[i])}
-                  for i, time in enumerate(TIMES)), (probe.protocol,),
+            views.known({"time": f"{time:.2f}", "miss": float(miss[i]),
+                         "miss_stderr": float(error[i])} for i, time in enumerate(TIMES)),
+            (probe.protocol,),
             ("x_t = (1 - t) x0 + t x1 from the first pass's state to the last's; 1 = as bad as "
              "standing still, 0 = the way is straight and known",)))
     plot = Plot(

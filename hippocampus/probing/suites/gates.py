@@ -159,7 +159,7 @@ def _winners(probe: Probe, found: dict[str, np.ndarray]) -> TokenText:
         f"{even:.0%}, full colour: all of it).",
         pieces(probe.lm.tokenizer, found["token"][0, tokens]),
         tuple(int(path) for path in shares.argmax(1)),
-        tuple(float(np.round(np.clip(s, 0, 1), 3)) for s in strength), tuple(present))
+        tuple(round(float(s), 3) for s in np.clip(strength, 0, 1)), tuple(present))
 
 
 def _heat_maps(probe: Probe, found: dict[str, np.ndarray]) -> Plot:

@@ -27,7 +27,7 @@ REGIMES = ("single", "metastable", "global")
 
 _RETRIEVALS = (
     Column("head", "layer and head"), Column("beta", "beta", "", 2),
-    Column("entropy", "entropy", "nats", 3), Column("entropy_stderr", "±", "s.e.", 3),
+    Column("entropy", "entropy", "nats", 3), Column("entropy_stderr", "± s.e.", "", 3),
     Column("effective", "patterns mixed", "1 / sum p²", 1), Column("patterns", "of", "", 1),
     *(Column(regime, regime, "share", 3) for regime in REGIMES))
 _BEYOND = 2
@@ -65,8 +65,8 @@ def run(probe: Probe) -> SuiteResult:
                     (Column("layer", "layer"), Column("mean", "mean depth", "steps", 2), *gates),
                     tuple(depths), (probe.protocol,),
                     ("the output mixes the states after each step by these gates, per token",)),
-        ResultTable("retrievals", "Patterns that a retrieval mixes", _RETRIEVALS, tuple(heads),
-                    (probe.protocol,),
+        ResultTable("retrievals", "Patterns that a retrieval mixes", _RETRIEVALS,
+                    views.known(heads), (probe.protocol,),
                     (f"of the last step's weights, over tokens with {views.FEWEST_PATTERNS} "
                      "patterns or more to retrieve from",
                      "single: fewer than 1.5 patterns mixed; global: more than half of them; "

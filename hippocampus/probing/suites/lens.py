@@ -22,7 +22,7 @@ TITLE = "The prediction as it forms: logit lens"
 
 _COLUMNS = (
     Column("state", "state"), Column("loss", "loss", "nats/token"),
-    Column("loss_stderr", "±", "s.e."), Column("bits_per_byte", "loss", "bits/byte"),
+    Column("loss_stderr", "± s.e."), Column("bits_per_byte", "loss", "bits/byte"),
     Column("agrees", "same first choice as the last", "share", 3),
     Column("divergence", "KL to the last", "nats", 4))
 
@@ -56,7 +56,7 @@ def run(probe: Probe) -> SuiteResult:
          "agrees": float(agrees[j]), "divergence": float(divergence[j])}
         for j, (name, r, depth) in enumerate(states))
     table = ResultTable(
-        "lens", "Loss of every state, read by the output layer", _COLUMNS, rows,
+        "lens", "Loss of every state, read by the output layer", _COLUMNS, views.known(rows),
         (probe.protocol,),
         ("every state goes through the final norm and the output layer, which were trained for "
          "the last one only: a high loss says that a state is written otherwise, not that it "

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 TITLE = "Where the loss is, token by token"
 
 _PLACES = (Column("place", "tokens before"), Column("tokens", "tokens"),
-           Column("loss", "loss", "nats/token"), Column("loss_stderr", "±", "s.e."))
+           Column("loss", "loss", "nats/token"), Column("loss_stderr", "± s.e."))
 _FREQUENCIES = (
-    Column("share", "share of the text"), Column("kinds", "different tokens"),
+    Column("share", "share of the tokens"), Column("kinds", "different tokens"),
     Column("tokens", "tokens"), Column("loss", "loss", "nats/token"),
-    Column("loss_stderr", "±", "s.e."), Column("unigram", "by frequency alone", "nats/token"))
+    Column("loss_stderr", "± s.e."), Column("unigram", "by frequency alone", "nats/token"))
 _SHARES = (0.1, 0.01, 1e-3, 1e-4, 0.0)
 """Lower ends of the classes of frequency."""
 
@@ -40,15 +40,15 @@ def run(probe: Probe) -> SuiteResult:
 
     found = views.over_windows(probe, view)
     places = _by_place(found)
-    frequencies = _by_frequency(found, np.asarray(probe.text.ids), probe.protocol.vocabulary)
+    frequencies = _by_frequency(found, probe.protocol.vocabulary)
     tables = (
-        ResultTable("places", "Loss by place in the context", _PLACES, tuple(places),
+        ResultTable("places", "Loss by place in the context", _PLACES, views.known(places),
                     (probe.protocol,), ("tokens before: what the prediction could read, besides "
                                         "the token it follows",)),
         ResultTable("frequencies", "Loss by frequency of the token", _FREQUENCIES,
-                    tuple(frequencies), (probe.protocol,),
-                    ("frequencies are those of the text that is predicted; by frequency alone: "
-                     "their -log, the lowest mean loss that a model without context can have",)))
+                    views.known(frequencies), (probe.protocol,),
+                    ("shares are of the tokens that are predicted; by frequency alone: their -log, "
+                     "the lowest mean loss that a model without context can have",)))
     plot = Plot(
         "places", "Loss by place in the context",
         "Mean loss against how much the model could read before. Bars: one standard error over "
@@ -72,10 +72,10 @@ def _by_place(found: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     return rows
 
 
-def _by_frequency(found: dict[str, np.ndarray], ids: np.ndarray,
-                  vocabulary: int) -> list[dict[str, Any]]:
-    """Mean loss of the tokens whose share of the text lies in a class."""
-    share_V = np.bincount(ids, minlength=vocabulary) / len(ids)
+def _by_frequency(found: dict[str, np.ndarray], vocabulary: int) -> list[dict[str, Any]]:
+    """Mean loss of the tokens whose share of the predictions lies in a class."""
+    share_V = np.bincount(found["target"].ravel(), found["weight"].ravel(), vocabulary)
+    share_V = share_V / share_V.sum()
     share = share_V[found["target"]]
     rows, above = [], np.inf
     for least in _SHARES:
@@ -114,7 +114,7 @@ def _passage(probe: Probe, found: dict[str, np.ndarray]) -> TokenText:
         f"The first window's predictions. Above the mean of {mean:.2f} nats: the darker the "
         f"harder, full at log V = {uniform:.2f} nats, a guess. Below it: the darker the surer.",
         pieces(probe.lm.tokenizer, ids), tuple(int(hard) for hard in above),
-        tuple(float(np.round(s, 3)) for s in strength), ("easier than the mean", "harder"))
+        tuple(round(float(s), 3) for s in strength), ("easier than the mean", "harder"))
 
 
 def _draw(figure: Figure, rows: list[dict[str, Any]], lines: dict[str, float]) -> None:
