@@ -76,6 +76,7 @@ def conclude(console: RunConsole, config: Config, folder: RunFolder, data: RunDa
     console.say("next:")
     console.say(f"  {_python()} -m hippocampus.sample --workdir={folder.path} "
                 f"--prompt={shlex.quote(config.sample.prompt)}")
+    console.say(f"  {_python()} -m hippocampus.probe --workdir={folder.path}")
     console.say(f"  tensorboard --logdir={folder.path}      (pip install tensorboard)")
     console.say("  go on: the same command with a larger --config.train.steps")
 

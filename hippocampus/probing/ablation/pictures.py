@@ -74,7 +74,7 @@ def _curves(findings: Findings, done: Sequence[CellResult]) -> Plot:
             axes.axhline(findings.target, color=INK, lw=0.8, ls=":")
         axes.set_xlabel("training tokens")
         axes.set_ylabel(f"validation loss ({findings.unit})")
-        axes.legend(loc="upper right", ncols=1 if len(shown) < 8 else 2)
+        figure.legend(loc="outside upper left", ncols=4)
 
     left_out = f" The first {len(shown)} of {len(done)} cells." if len(done) > len(shown) else ""
     return Plot("curves", "Validation loss while training",
@@ -103,7 +103,7 @@ def _knockouts(done: Sequence[CellResult]) -> Plot:
         _rows(axes, [result.cell.title if len({m.cell.whole for m in members}) > 2
                      else short_names(result.cell.paths) for result in members])
         axes.set_xlabel(f"validation loss ({NATS})")
-        axes.legend(loc="best")
+        figure.legend(loc="outside upper left", ncols=3)
 
     return Plot("knockouts", "Knock-out beside retrained",
                 "Circles: these paths alone, trained; squares and diamonds: the model with all "

@@ -42,6 +42,7 @@ from hippocampus.probing.report.run_records import (
 )
 from hippocampus.probing.report.series import MOST_POINTS, has_step, read_series
 from hippocampus.probing.results import read_suite, suite_files
+from hippocampus.probing.suites import SUITES
 from hippocampus.runs.run_folder import RunFolder
 from hippocampus.training.clock import KINDS, clock_face
 
@@ -262,7 +263,7 @@ def _text_sections(told: _Told) -> list[Section]:
 
 
 def _suite_sections(probes: Path) -> list[Section]:
-    return [_suite(path) for path in suite_files(probes, _suite_order())]
+    return [_suite(path) for path in suite_files(probes, tuple(SUITES))]
 
 
 def _suite(path: Path) -> Section:
@@ -280,14 +281,6 @@ def _suite(path: Path) -> Section:
         wrong = (f"{path} is damaged: {str(error)[:200]} (run python -m hippocampus.probe "
                  f"--suite={path.stem} again)")
     return Section(path.stem, path.stem, (Note(wrong, "warning"),))
-
-
-def _suite_order() -> tuple[str, ...]:
-    try:
-        from hippocampus.probing.suites import SUITES
-    except ImportError:
-        return ()
-    return tuple(SUITES)
 
 
 # ---------------------------------------------------------------- words
