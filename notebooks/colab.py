@@ -256,6 +256,9 @@ for path in paths:
 #   trains without the Hopfield memory. `hippocampus/config.py` lists every field with its range.
 # - **Another text**: `overrides["data.corpus"] = "my.txt"`, in another run folder; or
 #   `config_name = "shakespeare_laptop"`.
+# - **What each memory does**: `!python -m hippocampus.probe --workdir=` with the run folder knocks
+#   paths out, shuffles them, looks inside, and writes `report.html`; `docs/probing.md` says how to
+#   read it, and `docs/ablations.md` why a knock-out is not an ablation.
 # - **All names** of intermediates: `lm.run_with_cache(text)[1].keys()`; `docs/architecture.md`
 #   explains them.
 # - **More devices**: `docs/launching.md` has a launcher for TPU slices, SLURM, GKE and SkyPilot.
