@@ -54,17 +54,28 @@ def two_layers(topology: str = "v5e:2x2", **changes) -> dict:
     return planned(str(config), topology, **{**TWO_LAYERS, **changes})
 
 
-def test_generation_compiles_for_a_tpu_and_updates_its_caches_in_place():
+@functools.cache
+def programs() -> dict[str, dict]:
+    """What generation and the probes of a small model need on a chip."""
     env = {name: value for name, value in tiny_run.environment().items()
            if not name.startswith(("JAX_", "XLA_"))}
     done = subprocess.run(
-        [OTHER_PYTHON or sys.executable, "tests/tpu/decode_programs.py", "configs/quickstart.py",
+        [OTHER_PYTHON or sys.executable, "tests/tpu/programs.py", "configs/quickstart.py",
          "v5e:2x2", "4", json.dumps({"model.hopfield.patterns": "both"})],
         capture_output=True, text=True, env=env, timeout=300, cwd=tiny_run.ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
-    for program in json.loads(done.stdout.splitlines()[-1]).values():
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_generation_compiles_for_a_tpu_and_updates_its_caches_in_place():
+    for program in (programs()["write"], programs()["read"]):
         assert 2**20 < program["aliased"] < program["arguments"]
         assert program["temporary"] < 64 * 2**20
+
+
+def test_every_intervention_at_once_compiles_for_a_tpu():
+    assert programs()["probe"]["arguments"] > 2**20
+    assert programs()["probe"]["temporary"] < 64 * 2**20
 
 
 def test_two_layers_compile_for_a_tpu_that_is_not_there():

@@ -1,4 +1,4 @@
-"""Compiles the programs of generation for one chip of a TPU, and prints what they need as JSON."""
+"""Compiles generation and the probes for one chip of a TPU; prints what they need as JSON."""
 
 import json
 import sys
@@ -10,15 +10,18 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hippocampus.config_files import load_config
+from hippocampus.data.batches import Batch
 from hippocampus.devices import resolve
 from hippocampus.generation import decode
 from hippocampus.generation.sampling import SamplerSettings
 from hippocampus.models.build_model import build_model, parameter_shapes
+from hippocampus.models.interventions import Interventions
 from hippocampus.planning.topology import compile_only_devices, find_topology, prepare_environment
+from hippocampus.probing import probe
 
 
 def main(config_file: str, topology_name: str, batch: int, changes: dict) -> None:
-    """Prints one object: seconds, and bytes that the loop and the reading of a chunk need."""
+    """Prints one object: seconds and bytes of the decode loop, of reading a chunk, of a probe."""
     prepare_environment()
     topology = find_topology(topology_name)
     config, _ = resolve(load_config(config_file, changes), topology.device)
@@ -40,11 +43,16 @@ def main(config_file: str, topology_name: str, batch: int, changes: dict) -> Non
     chunk = there(jnp.zeros((batch, decode.CHUNKS[0]), jnp.int32))
     valid = there(jnp.zeros((batch, decode.CHUNKS[0]), bool))
     seeds = there(jnp.zeros((batch,), jnp.uint32))
+    tokens = jnp.zeros((batch, config.data.context), jnp.int32)
+    probed = there(Batch(tokens, tokens, jnp.ones(tokens.shape)))
+    neutral = there(Interventions.neutral(
+        config.model.n_layers, *tokens.shape, config.model.segments.train))
     write = jax.jit(decode._write, static_argnums=0, static_argnames="skip", donate_argnums=2)
     found = {}
     for name, traced in {
         "write": write.trace(model, variables, state, seeds, settings, number, number, skip=False),
         "read": decode._read.trace(model, variables, state, chunk, valid, skip=False),
+        "probe": probe._sums.trace(model, there(params), probed, neutral),
     }.items():
         begin = time.monotonic()
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
