@@ -118,7 +118,7 @@ def conclude(study: Study, findings: Findings, knockouts: tuple[knockout.Knockou
     fits = scaling_fits(findings, parameters)
     found = [tables.loss_table(findings), tables.difference_table(findings),
              *tables.knockout_tables(findings, knockouts), tables.speed_table(findings),
-             tables.size_table(findings),             tables.scaling_table(findings, fits)]
+             tables.size_table(findings), tables.scaling_table(findings, fits)]
     notes = [f"{cell}, seed {seed}: {why}; it is in no number" for (cell, seed), why in
              failed.items()]
     if strangers := study.strangers():
