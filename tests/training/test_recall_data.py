@@ -28,6 +28,7 @@ def last(run, name):
     return [row[name] for row in read_metrics(run / "metrics.jsonl") if name in row][-1]
 
 
+@pytest.mark.full
 def test_attention_solves_what_attention_to_one_token_does_not(run, tmp_path):
     blind = fit(config(model__attention__window=1), tmp_path / "blind")
     assert last(run, "eval/accuracy") > 0.99

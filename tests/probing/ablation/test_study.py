@@ -57,6 +57,7 @@ def compiled_for_all():
         for name, value in values.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
+        jax.clear_caches()  # a program of before this module is compiled in the other way
         if values is settings:
             yield
 
