@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int, Int64, Integer, UInt64
 from hippocampus.data.batches import Batch
 
 FREQUENT = 1250
-"""Occurrences in the training text above which an n-gram counts as known by heart (the paper's)."""
+"""Occurrences in the training text above which an n-gram counts as known by heart."""
 
 _CHUNK = 1 << 22  # training ids taken into memory at once
 
