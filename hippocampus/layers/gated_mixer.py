@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float
 from hippocampus.config import MixerConfig
 from hippocampus.layers.edits import Edit, no_edit
 from hippocampus.layers.norms import RMSNorm
+from hippocampus.ops.mixing import mix_normalized
 
 
 class GatedMixer(nn.Module):
@@ -64,6 +65,8 @@ class GatedMixer(nn.Module):
         if control_BTP is not None:
             logits = logits + control_BTP.astype(jnp.float32)
         gates_BTP = jax.nn.softmax(logits / self.config.temperature, axis=-1)
+        if P == 1:  # a softmax of one is 1 with no gradient; said so, the network is not run
+            gates_BTP = jnp.ones_like(gates_BTP)
         if train and P > 1 and self.config.path_dropout:
             gates_BTP = renormalize(gates_BTP, self._dropout_mask(gates_BTP))
         if path_mask_P is not None:
@@ -73,11 +76,14 @@ class GatedMixer(nn.Module):
         if gate_override_P is not None:
             gates_BTP = jnp.where(gate_override_P >= 0, gate_override_P, gates_BTP)
         gates_BTP = self.edit("gates", gates_BTP)
-        terms = [
-            gates_BTP[..., p, None] * RMSNorm(self.epsilon, scale_init=self.scale_init,
-                                              name=f"norm_{name}")(y)
-            for p, (name, y) in enumerate(paths.items())]
-        y_BTD = self.edit("out", sum(terms[1:], terms[0]).astype(self.dtype))
+        norms = [RMSNorm(self.epsilon, scale_init=self.scale_init, name=f"norm_{name}")
+                 for name in paths]
+        # For who reads them; the sum has a form of its own, and unread ones cost nothing.
+        terms = [gates_BTP[..., p, None] * norm(y)
+                 for p, (norm, y) in enumerate(zip(norms, paths.values(), strict=True))]
+        scales: list[Array] = [norm.get_variable("params", "scale") for norm in norms]
+        y_BTD = mix_normalized(gates_BTP, scales, list(paths.values()), self.epsilon)
+        y_BTD = self.edit("out", y_BTD.astype(self.dtype))
         log_gates = jnp.log(jnp.maximum(gates_BTP, 1e-30))
         return y_BTD, {
             "gates": gates_BTP, "out": y_BTD, "entropy": -(gates_BTP * log_gates).sum(-1),

@@ -5,12 +5,12 @@ Source: Shazeer 2020 (arXiv:2002.05202), equation 6.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from hippocampus.config import MLPConfig
+from hippocampus.ops.activations import gelu, swiglu
 
 
 def mlp_width(config: MLPConfig, d_model: int) -> int:
@@ -32,9 +32,5 @@ class MLP(nn.Module):
         F = mlp_width(self.config, D)
         n = 2 if self.config.kind == "swiglu" else 1
         h = nn.Dense(n * F, use_bias=False, dtype=self.dtype, name="up")(u_BTD)
-        if self.config.kind == "swiglu":
-            gate, value = jnp.split(h, 2, axis=-1)
-            h = jax.nn.silu(gate) * value
-        else:
-            h = jax.nn.gelu(h)
+        h = swiglu(h) if self.config.kind == "swiglu" else gelu(h)
         return nn.Dense(D, use_bias=False, dtype=self.dtype, name="down")(h)

@@ -14,6 +14,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from hippocampus.config import PATHS, HybridConfig, depth, layer_paths
+from hippocampus.layers.dropout import Dropout
 from hippocampus.layers.edits import Edit, no_edit, scoped
 from hippocampus.layers.gated_mixer import GatedMixer
 from hippocampus.layers.gru import GRU
@@ -127,7 +128,7 @@ class HybridBlock(nn.Module):
           train=train)
         out.update({f"mixer.{name}": value for name, value in part.items()})
 
-        dropout = nn.Dropout(cfg.dropout, deterministic=not train)
+        dropout = Dropout(cfg.dropout, deterministic=not train)
         x_BTD = x_BTD + dropout(mixed_BTD)
         u_BTD = RMSNorm(cfg.norm_epsilon, self.dtype, name="norm_mlp")(x_BTD)
         out["mlp.out"] = y_BTD = edit("mlp.out", MLP(cfg.mlp, self.dtype, name="mlp")(u_BTD))
