@@ -98,7 +98,7 @@ class SSMConfig:
                                       "`dominance` instead of an equal share; -1 = nowhere", low=-1)
     dominance: float = _setting(0.8, "that first share", above=0, below=1)
     backend: str = _setting("auto", "linear_scan backend",
-                            choices=("auto", "sequential", "associative", "chunked"))
+                            choices=("auto", "sequential", "associative", "chunked", "pallas"))
 
 
 @dataclass(frozen=True)

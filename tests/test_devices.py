@@ -39,7 +39,7 @@ V5E = Device("tpu", "TPU v5 lite")
 def test_dtype_and_attention_of_a_device(device, dtype, attention):
     choice = choose(device)
     assert (choice.compute_dtype, choice.attention) == (dtype, attention)
-    assert choice.scan in ("sequential", "associative", "chunked")
+    assert choice.scan in ("sequential", "associative", "chunked", "pallas")
 
 
 @pytest.mark.parametrize(("device", "tera_flops"), [
@@ -76,7 +76,7 @@ def test_automatic_fields_are_decided_and_reported():
                             "loss.backend"}
     assert config.model.compute_dtype == "bfloat16"
     assert config.model.attention.backend == "cudnn"
-    assert config.model.ssm.backend == "associative"
+    assert config.model.ssm.backend == "pallas"
     assert config.loss.backend == "full"
 
 

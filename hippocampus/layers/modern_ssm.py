@@ -23,15 +23,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from hippocampus.config import SSMConfig
 from hippocampus.layers.edits import Edit, no_edit
 from hippocampus.layers.temporal_layer import TemporalLayer
 from hippocampus.ops.causal_conv import causal_conv
+from hippocampus.ops.gated_scan import SHARPNESS, decay_and_input, gated_scan, input_size
 from hippocampus.ops.linear_scan import linear_scan
 
-_SHARPNESS = 8.0
 DECAY_RANGE = (0.2, 0.999)
 """Of the decays at initialisation."""
 
@@ -67,7 +67,8 @@ class ModernSSM(TemporalLayer):
 
         Returns:
           y_BTD, and {"decay", "state", "out"}: decays and states are float32, B,T,E (B,T,E N for
-          the diagonal kind).
+          the diagonal kind). The gated kind's states have the precision of `dtype` where no edit
+          asks for them: so they are kept.
         """
         y_BTD, out, _ = self._run(u_BTD, positions_BT, document_ids_BT=document_ids_BT)
         return y_BTD, out
@@ -120,10 +121,16 @@ class ModernSSM(TemporalLayer):
         g_forget, g_in = jax.nn.sigmoid(gates.astype(jnp.float32))
         log_decay_E = self.param("log_decay", _log_decay_init, (E,))
         a_BTE, size = decay_and_input(log_decay_E, g_forget, first_BT)
+        out = {"decay": a_BTE, "gate_in": g_in, "gate_forget": g_forget}
+        if cache is None and self.edit is no_edit:
+            # Nothing comes between gates and state, and what is in `out` costs nothing unread.
+            h_BTE = gated_scan(gates, c_BTE, log_decay_E, scale_E if scale_E.ndim else None,
+                               first_BT, backend=self.config.backend)
+            return h_BTE, {**out, "state": h_BTE.astype(jnp.float32)}
         a_BTE = self.edit("decay", a_BTE)
         h_BTE = self._scan(a_BTE, size * g_in * scale_E * c_BTE, first_BT, cache, valid_BT)
         h_BTE = self.edit("state", h_BTE)
-        return h_BTE, {"decay": a_BTE, "state": h_BTE, "gate_in": g_in, "gate_forget": g_forget}
+        return h_BTE, {**out, "decay": a_BTE, "state": h_BTE}
 
     def _diagonal(self, c_BTE: Array, scale_E: Array, first_BT: Array, cache: SSMCache | None,
                   valid_BT: Array | None) -> tuple[Array, dict]:
@@ -139,7 +146,7 @@ class ModernSSM(TemporalLayer):
         # Above 5 the decay is 0 in float32; the bound keeps the inner exponential finite.
         log_a_EN = -jnp.exp(jnp.minimum(log_decay_EN, 5.0))
         a_EN = jnp.exp(log_a_EN)
-        x_BTEN = _input_size(log_a_EN) * B_EN * c_BTE[..., None]
+        x_BTEN = input_size(log_a_EN) * B_EN * c_BTE[..., None]
         a_BTEN = self.edit("decay", jnp.broadcast_to(a_EN.reshape(-1), (B, T, E * N)))
         h = self._scan(a_BTEN, x_BTEN.reshape(B, T, E * N), first_BT, cache, valid_BT)
         h = self.edit("state", h)
@@ -153,25 +160,6 @@ class ModernSSM(TemporalLayer):
         # A token that does not count leaves the state as it is: a = 1, x = 0, exactly.
         a, x = jnp.where(valid_BT[..., None], a, 1.0), jnp.where(valid_BT[..., None], x, 0.0)
         return linear_scan(a, x, cache.state_BE, first_BT & valid_BT, backend=self.config.backend)
-
-
-def decay_and_input(
-    log_decay_E: Float[Array, " E"], g_forget: Float[Array, "... E"], first: Bool[Array, ...],
-) -> tuple[Float[Array, "... E"], Float[Array, "... E"]]:
-    """The decay a and the input's factor sqrt(1 - a^2), which is 1 at a document's first token.
-
-    Args:
-      log_decay_E: parameter of the channels.
-      g_forget: the gate, in (0, 1).
-      first: whether a token is its document's first.
-    """
-    log_a = -_SHARPNESS * jax.nn.softplus(log_decay_E) * g_forget
-    return jnp.exp(log_a), jnp.where(first[..., None], 1.0, _input_size(log_a))
-
-
-def _input_size(log_a: Array) -> Array:
-    """sqrt(1 - a^2); the bound keeps its derivative below 500 where the decay is almost 1."""
-    return jnp.sqrt(jnp.maximum(-jnp.expm1(2 * log_a), 1e-6))
 
 
 class BlockDiagonal(nn.Module):
@@ -218,5 +206,5 @@ def _log_decay_init(key: Array, shape: tuple[int]) -> Array:
     """
     low, high = DECAY_RANGE
     ring = jnp.sqrt(jax.random.uniform(key, shape) * (high**2 - low**2) + low**2)
-    softplus = -jnp.log(ring) / (_SHARPNESS / 2)
+    softplus = -jnp.log(ring) / (SHARPNESS / 2)
     return jnp.log(jnp.expm1(softplus))

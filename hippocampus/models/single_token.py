@@ -18,12 +18,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hippocampus.config import PATHS, HybridConfig
 from hippocampus.layers.mlp import mlp_width
-from hippocampus.layers.modern_ssm import SSMCache, decay_and_input
+from hippocampus.layers.modern_ssm import SSMCache
 from hippocampus.layers.mor_hopfield import HopfieldCache, inverse_temperature
 from hippocampus.layers.norms import rms_normalize, unit_normalize
 from hippocampus.layers.self_attention import AttentionCache
 from hippocampus.models.hybrid_block import BlockSpec
 from hippocampus.ops import decode_kernels
+from hippocampus.ops.gated_scan import decay_and_input
 from hippocampus.ops.rotary import rotate
 
 Layer = dict[str, Any]

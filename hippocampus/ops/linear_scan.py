@@ -1,9 +1,19 @@
-"""The diagonal linear recurrence h_t = a_t h_{t-1} + x_t, by three algorithms with one gradient."""
+"""The diagonal linear recurrence h_t = a_t h_{t-1} + x_t, by several algorithms with one gradient.
+
+"pallas" stands for the kernels of the platform that a computation is lowered for. A kernel module
+has three functions of whole local arrays: `supports(shape, dtype)`, `scan(a, x)` from a state of
+zero, and `scan_backward(a, h, g)`, which gives (da, dx). Where a kernel does not fit, XLA's forms
+take over.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +37,9 @@ def linear_scan(
       h0_BE: state before the first token; None = zeros.
       reset_BT: True where a document begins: the state before that token does not count.
       backend: "sequential" (one step after the other), "associative" (log-depth,
-        `jax.lax.associative_scan`) or "chunked" (chunks side by side, then a carry over them;
-        the fastest on CPUs).
+        `jax.lax.associative_scan`), "chunked" (chunks side by side, then a carry over them;
+        the fastest on CPUs) or "pallas" (a kernel where there is one for the device and the shape,
+        else "associative" on a GPU and "chunked" elsewhere).
 
     Returns:
       h_BTE in the dtype of `x_BTE`. The gradient is the same recurrence run backwards, with the
@@ -49,14 +60,37 @@ def linear_scan(
     if placement.shards(SEQUENCE, x_BTE.shape[1]) > 1:
         if h0_BE is not None:
             x_BTE = _add_first(x_BTE, a_BTE[:, 0] * h0_BE)
-        lies = ("batch", SEQUENCE, "tensor")
         return placement.map_shards(functools.partial(_scan_of_shards, backend),
-                                    (a_BTE, x_BTE), (lies, lies), lies)
-    if h0_BE is None:
-        h0_BE = jnp.zeros_like(x_BTE[:, 0])
+                                    (a_BTE, x_BTE), (_LIES, _LIES), _LIES)
     if x_BTE.shape[1] == 1:
-        return a_BTE * h0_BE[:, None] + x_BTE
+        return x_BTE if h0_BE is None else a_BTE * h0_BE[:, None] + x_BTE
     return _scan(backend, a_BTE, x_BTE, h0_BE)
+
+
+def scan_gradients(
+    a_BTE: Float[Array, "B T E"], h_BTE: Float[Array, "B T E"], g_BTE: Float[Array, "B T E"],
+    *, backend: str = "associative",
+) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"]]:
+    """The gradient of `linear_scan` from a state of zero, for a caller that has its states.
+
+    Args:
+      a_BTE: decays, 0 where a document begins.
+      h_BTE: what `linear_scan` found.
+      g_BTE: gradient of every state.
+      backend: as for `linear_scan`.
+
+    Returns:
+      da_BTE and dx_BTE. The gradient of a decay that a reset put to 0 does not count.
+
+    Raises:
+      ConfigError: an unknown backend.
+    """
+    if backend not in _BACKENDS:
+        raise ConfigError(f"linear_scan backend is {backend!r}", f"known: {', '.join(_BACKENDS)}")
+    if placement.shards(SEQUENCE, h_BTE.shape[1]) > 1:
+        return placement.map_shards(functools.partial(_gradients_of_shards, backend),
+                                    (a_BTE, h_BTE, g_BTE), (_LIES,) * 3, _LIES)
+    return _gradients(backend, a_BTE, h_BTE, g_BTE)
 
 
 def _add_first(x: Array, first: Array) -> Array:
@@ -65,26 +99,53 @@ def _add_first(x: Array, first: Array) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(backend: str, a: Array, x: Array, h0: Array) -> Array:
+def _scan(backend: str, a: Array, x: Array, h0: Array | None) -> Array:
     # The first input absorbs the initial state; every algorithm then starts from zero.
-    return _BACKENDS[backend](a, _add_first(x, a[:, 0] * h0))
+    if h0 is not None:
+        x = _add_first(x, a[:, 0] * h0)
+    return _BACKENDS[backend](a, x)
 
 
-def _scan_forward(backend: str, a: Array, x: Array, h0: Array) -> tuple[Array, tuple]:
+def _scan_forward(backend: str, a: Array, x: Array, h0: Array | None) -> tuple[Array, tuple]:
     h = _scan(backend, a, x, h0)
     return h, (a, h, h0)
 
 
-def _scan_backward(backend: str, saved: tuple, g: Array) -> tuple[Array, Array, Array]:
+def _scan_backward(backend: str, saved: tuple, g: Array) -> tuple[Array, Array, Array | None]:
     """With l_t = g_t + a_{t+1} l_{t+1}: dx_t = l_t, da_t = l_t h_{t-1}, dh_0 = a_1 l_1."""
     a, h, h0 = saved
-    next_a = jnp.concatenate([a[:, 1:], jnp.zeros_like(a[:, :1])], axis=1)
-    adjoint = jnp.flip(linear_scan(jnp.flip(next_a, 1), jnp.flip(g, 1), backend=backend), 1)
-    previous_h = jnp.concatenate([h0[:, None], h[:, :-1]], axis=1)
-    return adjoint * previous_h, adjoint, a[:, 0] * adjoint[:, 0]
+    da, dx = _gradients(backend, a, h, g)
+    if h0 is None:
+        return da, dx, None
+    return _add_first(da, dx[:, 0] * h0), dx, a[:, 0] * dx[:, 0]
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
+
+
+def _gradients(backend: str, a: Array, h: Array, g: Array) -> tuple[Array, Array]:
+    """(da, dx) of a scan from zero."""
+    if backend == "pallas":
+        return placement.map_local(_kernel_gradients, (a, h, g), (_LIES,) * 3, _LIES)
+    return _open_gradients(backend, a, h, g)
+
+
+def _open_gradients(backend: str, a: Array, h: Array, g: Array) -> tuple[Array, Array]:
+    next_a = jnp.concatenate([a[:, 1:], jnp.zeros_like(a[:, :1])], axis=1)
+    adjoint = jnp.flip(_scan(backend, jnp.flip(next_a, 1), jnp.flip(g, 1), None), 1)
+    previous_h = jnp.concatenate([jnp.zeros_like(h[:, :1]), h[:, :-1]], axis=1)
+    return adjoint * previous_h, adjoint
+
+
+@jax.custom_vjp
+def _kernel_gradients(a: Array, h: Array, g: Array) -> tuple[Array, Array]:
+    return _by_platform("scan_backward", _open_gradients, a, h, g)
+
+
+# A gradient of the gradient is rare, and no kernel is written for it.
+_kernel_gradients.defvjp(
+    lambda a, h, g: (_kernel_gradients(a, h, g), (a, h, g)),
+    lambda saved, g: jax.vjp(functools.partial(_open_gradients, "pallas"), *saved)[1](g))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -113,6 +174,12 @@ def _scan_of_shards_backward(backend: str, saved: tuple, g: Array) -> tuple[Arra
 
 
 _scan_of_shards.defvjp(_scan_of_shards_forward, _scan_of_shards_backward)
+
+
+def _gradients_of_shards(backend: str, a: Array, h: Array, g: Array) -> tuple[Array, Array]:
+    n = jax.lax.axis_size(SEQUENCE)
+    h0 = jax.lax.ppermute(h[:, -1], SEQUENCE, [(i, i + 1) for i in range(n - 1)])
+    return _scan_of_shards_backward(backend, (a, h, h0), g)
 
 
 def _state_before(backend: str, a: Array, x: Array, *, reverse: bool = False) -> Array:
@@ -172,5 +239,35 @@ def _chunked(a: Array, x: Array) -> Array:
     return jnp.moveaxis(h, 0, 2).reshape(B, n * size, E)[:, :T]
 
 
+def _pallas(a: Array, x: Array) -> Array:
+    def local(a: Array, x: Array) -> Array:
+        return _by_platform("scan", lambda backend, a, x: _BACKENDS[backend](a, x), a, x)
+
+    return placement.map_local(local, (a, x), (_LIES, _LIES), _LIES)
+
+
+def _by_platform(name: str, instead: Callable, *arrays: Array) -> Any:
+    """A kernel's function on the platform that is lowered for; `instead` takes a backend first."""
+
+    def branch(kernels: ModuleType | None, backend: str) -> Callable:
+        last = arrays[-1]
+        if kernels is not None and kernels.supports(last.shape, last.dtype):
+            return getattr(kernels, name)
+        return functools.partial(instead, backend)
+
+    return jax.lax.platform_dependent(
+        *arrays, cuda=branch(_kernels("scan_mosaic_gpu"), "associative"),
+        tpu=branch(_kernels("scan_tpu"), "chunked"),
+        rocm=functools.partial(instead, "associative"),
+        default=functools.partial(instead, "chunked"))
+
+
+def _kernels(name: str) -> ModuleType | None:
+    full_name = f"hippocampus.ops.{name}"
+    return importlib.import_module(full_name) if importlib.util.find_spec(full_name) else None
+
+
+_LIES = ("batch", SEQUENCE, "tensor")
 _BACKENDS: dict[str, Callable[[Array, Array], Array]] = {
-    "sequential": _sequential, "associative": _associative, "chunked": _chunked}
+    "sequential": _sequential, "associative": _associative, "chunked": _chunked,
+    "pallas": _pallas}

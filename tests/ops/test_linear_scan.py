@@ -13,7 +13,7 @@ from hippocampus.testing import assert_close, check_causality
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-BACKENDS = ("sequential", "associative", "chunked")
+BACKENDS = ("sequential", "associative", "chunked", "pallas")
 LENGTHS = (1, 2, 7, 24, 33)
 B, E = 2, 3
 
@@ -141,5 +141,5 @@ def test_gradients_have_gradients(backend):
 
 def test_an_unknown_backend_is_refused_with_the_known_ones():
     x = jnp.ones((1, 2, 1))
-    with pytest.raises(ConfigError, match="sequential, associative, chunked"):
+    with pytest.raises(ConfigError, match="sequential, associative, chunked, pallas"):
         linear_scan(x, x, backend="parallel")

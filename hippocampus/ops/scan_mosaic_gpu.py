@@ -1,0 +1,90 @@
+"""The diagonal scan h_t = a_t h_{t-1} + x_t on NVIDIA GPUs from Hopper on; see `mosaic_gpu`.
+
+The forward pass reads two arrays and writes one, the backward pass reads three and writes two:
+nothing else goes through the main memory. The sizes were chosen on an H100 (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from hippocampus.ops.mosaic_gpu import CHANNELS, Blocks, Rows, over_time, runs_here
+
+LEAST_STEPS = 16
+"""Time steps that the sequence's length divides by."""
+
+
+def supports(shape: tuple[int, int, int], dtype: jnp.dtype) -> bool:
+    """Whether the kernels take local arrays of this shape B,T,E."""
+    _, T, E = shape
+    return (T % LEAST_STEPS == 0 and E % CHANNELS == 0
+            and dtype in (jnp.float32, jnp.bfloat16) and runs_here())
+
+
+def scan(a_BTE: Float[Array, "B T E"], x_BTE: Float[Array, "B T E"], *, reverse: bool = False,
+         interpret: bool = False) -> Float[Array, "B T E"]:
+    """Every state, from a state of zero and in float32; the result has the dtype of `x_BTE`.
+
+    Args:
+      a_BTE: decays.
+      x_BTE: inputs.
+      reverse: h_t = a_t h_{t+1} + x_t instead.
+      interpret: run without a GPU.
+    """
+    like = jax.ShapeDtypeStruct(x_BTE.shape, x_BTE.dtype)
+    blocks = _blocks(x_BTE.shape[1], x_BTE.dtype, Blocks(32, 4, 2, 16), Blocks(64, 4, 2, 16))
+    return over_time(_steps, [a_BTE, x_BTE], [Rows(0), Rows(1)], [like], [Rows(0)], blocks,
+                     reverse=reverse, interpret=interpret, name="scan")[0]
+
+
+def scan_backward(
+    a_BTE: Float[Array, "B T E"], h_BTE: Float[Array, "B T E"], g_BTE: Float[Array, "B T E"], *,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"]]:
+    """The adjoint of `scan`: l_t = g_t + a_{t+1} l_{t+1}; da_t = l_t h_{t-1}, dx_t = l_t.
+
+    Args:
+      a_BTE: decays.
+      h_BTE: what `scan` found.
+      g_BTE: gradient of every state.
+      interpret: run without a GPU.
+
+    Returns:
+      da_BTE in the dtype of `a_BTE`, dx_BTE in that of `g_BTE`.
+    """
+    like = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (a_BTE, g_BTE)]
+    blocks = _blocks(g_BTE.shape[1], g_BTE.dtype, Blocks(16, 4, 2, 16), Blocks(32, 4, 2, 16))
+    da_BTE, dx_BTE = over_time(
+        _steps_back, [a_BTE, h_BTE, g_BTE], [Rows(0), Rows(1, before=True), Rows(2)], like,
+        [Rows(0), Rows(1)], blocks, reverse=True, interpret=interpret, name="scan_backward")
+    return da_BTE, dx_BTE
+
+
+def _steps(rows: list[tuple[Array, ...]], constants: tuple[Array, ...],
+           carry: tuple[Array, ...]) -> tuple[tuple[Array, ...], list[tuple[Array, ...]]]:
+    (h,), states = carry, []
+    for a, x in rows:
+        h = a * h + x
+        states.append((h,))
+    return (h,), states
+
+
+def _steps_back(rows: list[tuple[Array, ...]], constants: tuple[Array, ...],
+                carry: tuple[Array, ...]) -> tuple[tuple[Array, ...], list[tuple[Array, ...]]]:
+    (later,), gradients = carry, []
+    for a, h_before, g in rows:
+        adjoint = g + later
+        gradients.append((adjoint * h_before, adjoint))
+        later = a * adjoint
+    return (later,), gradients
+
+
+def _blocks(T: int, dtype: jnp.dtype, of_float32: Blocks, of_bfloat16: Blocks) -> Blocks:
+    """The sizes for a dtype, with as many steps in a block as divide the sequence."""
+    blocks = of_float32 if dtype == jnp.float32 else of_bfloat16
+    steps = blocks.steps
+    while T % steps:
+        steps //= 2
+    return Blocks(steps, blocks.stages * blocks.steps // steps, blocks.out_stages, blocks.group)
