@@ -7,7 +7,7 @@ parameters get is summed over time in registers, and over the rows of the batch 
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from hippocampus.ops.gated_scan import LEAST_SQUARE, SHARPNESS
-from hippocampus.ops.mosaic_gpu import CHANNELS, Blocks, Rows, over_time, runs_here
+from hippocampus.ops.mosaic_gpu import CHANNELS, Blocks, Rows, Values, over_time, runs_here
 
 STEPS = 32
 """Time steps of a block; the sequence's length divides by it."""
@@ -53,7 +53,7 @@ def scan_backward(
     """The gradients of gates and c, and of log_decay (and scale) for every row of the batch."""
     results = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (gates_2BTE, c_BTE)]
     dgates_2BTE, dc_BTE, drate_BE, dscale_BE = over_time(
-        functools.partial(_steps_back), [gates_2BTE, c_BTE, h_BTE, g_BTE],
+        _steps_back, [gates_2BTE, c_BTE, h_BTE, g_BTE],
         [Rows(0, 0), Rows(0, 1), Rows(1), Rows(2, before=True), Rows(3)], results,
         [Rows(0, 0), Rows(0, 1), Rows(1)], _BACKWARD[c_BTE.dtype.itemsize], reverse=True, carry=3,
         sums=(1, 2), constants=_constants(log_decay_E, scale_E), flags_BT=_kept(first_BT),
@@ -80,8 +80,8 @@ def _gates(gate: Array, gate_in: Array, rate: Array, kept: Array) -> tuple[Array
     return g_forget, g_in, a * kept, square, jax.lax.rsqrt(square)
 
 
-def _steps(rows: list[tuple[Array, ...]], constants: tuple[Array, ...],
-           carry: tuple[Array, ...]) -> tuple[tuple[Array, ...], list[tuple[Array, ...]]]:
+def _steps(rows: Sequence[Values], constants: Values, carry: Values,
+           ) -> tuple[Values, Sequence[Values]]:
     (rate, scale), (h,), steps, states = constants, carry, [], []
     for gate, gate_in, c, kept in rows:  # first all that no state is needed for
         _, g_in, a, square, root = _gates(gate, gate_in, rate, kept)
@@ -93,8 +93,8 @@ def _steps(rows: list[tuple[Array, ...]], constants: tuple[Array, ...],
     return (h,), states
 
 
-def _steps_back(rows: list[tuple[Array, ...]], constants: tuple[Array, ...],
-                carry: tuple[Array, ...]) -> tuple[tuple[Array, ...], list[tuple[Array, ...]]]:
+def _steps_back(rows: Sequence[Values], constants: Values, carry: Values,
+                ) -> tuple[Values, Sequence[Values]]:
     (rate, scale), (later, drate, dscale), gradients = constants, carry, []
     gated = [_gates(gate, gate_in, rate, kept) for gate, gate_in, *_, kept in rows]
     for (_, _, c, h_before, g, kept), (g_forget, g_in, a, square, root) in zip(

@@ -105,9 +105,9 @@ def _gradients(backend: str, gates: Array, c: Array, log_decay: Array, scale: Ar
     dgates, dc, *sums = placement.map_local(
         functools.partial(_by_platform, "scan_backward", _open_sums),
         (gates, c, log_decay, scale, first, h, g), (*_LIES, _BTE, _BTE),
-        (_2BTE, _BTE, *[("batch", "tensor")] * (1 if scale is None else 2)))
-    dlog_decay, dscale = (*(part.sum(0) for part in sums), None)[:2]
-    return dgates, dc, dlog_decay, dscale
+        _2BTE, _BTE, *[("batch", "tensor")] * (1 if scale is None else 2))
+    dlog_decay, *dscale = (part.sum(0) for part in sums)
+    return dgates, dc, dlog_decay, dscale[0] if dscale else None
 
 
 # A gradient of the gradient is rare: XLA's own, of the open form.
@@ -131,8 +131,8 @@ def _one_kernel(backend: str, c: Array) -> bool:
     return backend == "pallas" and placement.shards(SEQUENCE, c.shape[1]) == 1
 
 
-def _scan_inputs(gates: Array, c: Array, log_decay: Array, scale: Array | None,
-                 first: Array) -> tuple[Array, Array]:
+def _scan_inputs(gates: Array, c: Array, log_decay: Array, scale: Array | None, first: Array,
+                 ) -> tuple[Array, Array]:
     g_forget, g_in = jax.nn.sigmoid(gates.astype(jnp.float32))
     a, size = decay_and_input(log_decay, g_forget, first)
     x = size * g_in * c if scale is None else size * g_in * scale * c
@@ -145,13 +145,14 @@ def _open_states(backend: str, gates: Array, c: Array, *rest: Any) -> Array:
 
 def _open_gradients(backend: str, gates: Array, c: Array, log_decay: Array, scale: Array | None,
                     first: Array, h: Array, g: Array) -> tuple[Array | None, ...]:
-    (a, _), pull = jax.vjp(lambda *x: _scan_inputs(*x, first), gates, c, log_decay, scale)
+    (a, _), pull = jax.vjp(functools.partial(_scan_inputs, first=first),
+                           gates, c, log_decay, scale)
     found: tuple[Array | None, ...] = pull(scan_gradients(
         a, h.astype(jnp.float32), g.astype(jnp.float32), backend=backend))
     return found
 
 
-def _open_sums(backend: str, *arrays: Any) -> tuple[Array, ...]:
+def _open_sums(backend: str, *arrays: Any) -> tuple[Array | None, ...]:
     """As a kernel gives them: the gradients of the parameters still have an axis of rows."""
     B = arrays[1].shape[0]
     dgates, dc, *sums = _open_gradients(backend, *arrays)

@@ -24,8 +24,8 @@ from jaxtyping import Array, Float
 CHANNELS = 128
 """Of a thread block: one per thread of a warpgroup."""
 
-Group = Callable[[list[tuple[Array, ...]], tuple[Array, ...], tuple[Array, ...]],
-                 tuple[tuple[Array, ...], list[tuple[Array, ...]]]]
+Values = tuple[Array, ...]
+Group = Callable[[Sequence[Values], Values, Values], tuple[Values, Sequence[Values]]]
 """(inputs of each step, constants, carry) -> (carry, outputs of each step), all in float32."""
 
 
@@ -109,7 +109,7 @@ def over_time(
         return pg.SMEM((count, 1 if rows.before else blocks.steps, CHANNELS), dtype)
 
     before = [rows for rows in inputs if rows.before]
-    scratch = {
+    scratch: dict[str, Any] = {
         "ins": [stages(Rows(r.array), arrays[r.array].dtype, blocks.stages) for r in inputs],
         "befores": [stages(r, arrays[r.array].dtype, blocks.stages) for r in before],
         "flags": [] if flags_BT is None else [
@@ -164,7 +164,7 @@ def _kernel(*refs: Any, ins: list, befores: list, flags: list, outs: list, arriv
         fetch(jnp.int32(i), i)
     per_channel = tuple(ref[channels] for ref in constants)
 
-    def block(i: Any, state: tuple[Array, ...]) -> tuple[Array, ...]:
+    def block(i: Any, state: Values) -> Values:
         slot, out_slot = _modulo(i, blocks.stages), _modulo(i, blocks.out_stages)
         pg.barrier_wait(arrived.at[slot])
         pg.wait_smem_to_gmem(blocks.out_stages - 1, wait_read_only=True)
@@ -193,12 +193,12 @@ def _kernel(*refs: Any, ins: list, befores: list, flags: list, outs: list, arriv
 
 
 def _block(group: Group, inputs: Sequence[Rows], ins: list, befores: list, flags: list, outs: list,
-           constants: tuple[Array, ...], state: tuple[Array, ...], blocks: Blocks, reverse: bool,
-           is_first: Any) -> tuple[Array, ...]:
+           constants: Values, state: Values, blocks: Blocks, reverse: bool,
+           is_first: Any) -> Values:
     """The steps of a block in shared memory, group after group."""
     steps, size = blocks.steps, blocks.group
 
-    def some(k: Any, state: tuple[Array, ...]) -> tuple[Array, ...]:
+    def some(k: Any, state: Values) -> Values:
         at = [steps - 1 - k * size - u if reverse else k * size + u for u in range(size)]
         lowest, edges, columns = size - 1 if reverse else 0, iter(befores), []
         for rows, ref in zip(inputs, ins, strict=True):
@@ -242,7 +242,6 @@ def _zeros(interpret: bool) -> Array:
 
 
 def _interpreter() -> Any:
-    import jax._src.pallas.mosaic_gpu.interpret.params as params
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-    # Its name before and from jax 0.12 on.
-    return (getattr(params, "InterpretGPUParams", None) or params.InterpretParams)()
+    return InterpretGPUParams()

@@ -39,7 +39,7 @@ def constrain(x: Array, *dimensions: str | None) -> Array:
 
 
 def map_shards(function: Callable[..., Any], arrays: Sequence[Any],
-               dimensions: Sequence[Dimensions], result: Dimensions) -> Any:
+               dimensions: Sequence[Dimensions], *results: Dimensions) -> Any:
     """Runs a function on every device's shards of its arrays (`jax.shard_map`).
 
     Args:
@@ -47,7 +47,7 @@ def map_shards(function: Callable[..., Any], arrays: Sequence[Any],
       arrays: an entry may be None and is passed as it is.
       dimensions: of each array. "tensor" counts only if it divides in all arrays that have it, so
         that the shards of one device belong together.
-      result: dimensions of what the function returns, of each if it returns several arrays.
+      results: dimensions of what the function returns: one entry for all arrays, or one for each.
     """
     here = [(a, d) for a, d in zip(arrays, dimensions, strict=True) if a is not None]
     whole = {name for a, d in here for name, size in zip(d, a.shape, strict=True)
@@ -62,23 +62,24 @@ def map_shards(function: Callable[..., Any], arrays: Sequence[Any],
         return function(*(None if a is None else queue.pop(0) for a in arrays))
 
     # No check of what varies over which axis: it refuses a scan that starts from plain zeros.
+    out_specs = spec(results[0]) if len(results) == 1 else tuple(map(spec, results))
     return jax.shard_map(with_absent, in_specs=tuple(spec(d) for _, d in here),
-                         out_specs=spec(result), check_vma=False)(*(a for a, _ in here))
+                         out_specs=out_specs, check_vma=False)(*(a for a, _ in here))
 
 
-def map_local(function: Callable[..., Any], arrays: Sequence[Array],
-              dimensions: Sequence[Dimensions], result: Dimensions) -> Any:
+def map_local(function: Callable[..., Any], arrays: Sequence[Any],
+              dimensions: Sequence[Dimensions], *results: Dimensions) -> Any:
     """Runs a kernel, which sees whole arrays only, on the shards of every device.
 
     Args:
-      function: of the shards; it may give several arrays.
+      function: of the shards.
       arrays: as for `map_shards`.
       dimensions: as for `map_shards`.
-      result: dimensions of each of the function's arrays; one of size 1 must not be cut.
+      results: as for `map_shards`.
     """
     if not _on_mesh() or jax.sharding.get_abstract_mesh().manual_axes:
         return function(*arrays)  # also where a caller has cut the arrays already
-    return map_shards(function, arrays, dimensions, result)
+    return map_shards(function, arrays, dimensions, *results)
 
 
 def _on_mesh() -> bool:

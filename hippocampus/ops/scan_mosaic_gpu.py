@@ -6,11 +6,13 @@ nothing else goes through the main memory. The sizes were chosen on an H100 (doc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hippocampus.ops.mosaic_gpu import CHANNELS, Blocks, Rows, over_time, runs_here
+from hippocampus.ops.mosaic_gpu import CHANNELS, Blocks, Rows, Values, over_time, runs_here
 
 LEAST_STEPS = 16
 """Time steps that the sequence's length divides by."""
@@ -62,8 +64,8 @@ def scan_backward(
     return da_BTE, dx_BTE
 
 
-def _steps(rows: list[tuple[Array, ...]], constants: tuple[Array, ...],
-           carry: tuple[Array, ...]) -> tuple[tuple[Array, ...], list[tuple[Array, ...]]]:
+def _steps(rows: Sequence[Values], constants: Values, carry: Values,
+           ) -> tuple[Values, Sequence[Values]]:
     (h,), states = carry, []
     for a, x in rows:
         h = a * h + x
@@ -71,8 +73,8 @@ def _steps(rows: list[tuple[Array, ...]], constants: tuple[Array, ...],
     return (h,), states
 
 
-def _steps_back(rows: list[tuple[Array, ...]], constants: tuple[Array, ...],
-                carry: tuple[Array, ...]) -> tuple[tuple[Array, ...], list[tuple[Array, ...]]]:
+def _steps_back(rows: Sequence[Values], constants: Values, carry: Values,
+                ) -> tuple[Values, Sequence[Values]]:
     (later,), gradients = carry, []
     for a, h_before, g in rows:
         adjoint = g + later
