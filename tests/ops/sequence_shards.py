@@ -23,7 +23,7 @@ def ops() -> dict[str, tuple[Callable, tuple]]:
     import jax.numpy as jnp
     import numpy as np
 
-    from hippocampus.ops import attention, causal_conv, hopfield, linear_scan
+    from hippocampus.ops import attention, causal_conv, gated_scan, hopfield, linear_scan
 
     draw = np.random.default_rng(0)
 
@@ -34,12 +34,17 @@ def ops() -> dict[str, tuple[Callable, tuple]]:
     reset = jnp.asarray(draw.random((B, T)) < 0.2)
     a, x, h0 = jax.nn.sigmoid(normal(B, T, E) + 1), normal(B, T, E), normal(B, E)
     cases: dict[str, tuple[Callable, tuple]] = {}
-    for backend in ("sequential", "associative", "chunked"):
+    for backend in ("sequential", "associative", "chunked", "pallas"):
         cases[f"scan, {backend}"] = (
             lambda a, x, h0, b=backend: linear_scan.linear_scan(a, x, h0, reset, backend=b),
             (a, x, h0))
     cases["scan without a first state"] = (
         lambda a, x: linear_scan.linear_scan(a, x, backend="chunked"), (a, x))
+    for backend in ("chunked", "pallas"):
+        cases[f"gated scan, {backend}"] = (
+            lambda gates, c, log_decay, scale, b=backend: gated_scan.gated_scan(
+                gates, c, log_decay, scale, reset, backend=b),
+            (normal(2, B, T, E), normal(B, T, E), normal(E), normal(E)))
     for name, dtype in (("float32", jnp.float32), ("bfloat16", jnp.bfloat16)):
         q, k, v = (normal(B, T, n, WIDTH, dtype=dtype) for n in (H, G, G))
         keys, slots = normal(B, T, H, WIDTH, dtype=dtype), normal(SLOTS, H, WIDTH)
