@@ -34,13 +34,13 @@ def supports(shape: tuple[int, int, int], dtype: jnp.dtype) -> bool:
 def scan(
     gates_2BTE: Float[Array, "2 B T E"], c_BTE: Float[Array, "B T E"],
     log_decay_E: Float[Array, " E"], scale_E: Float[Array, " E"] | None,
-    first_BT: Bool[Array, "B T"], *, interpret: bool = False,
+    first_BT: Bool[Array, "B T"], *, blocks: Blocks | None = None, interpret: bool = False,
 ) -> Float[Array, "B T E"]:
     """The states; arguments as for `gated_scan`, and `interpret`: run without a GPU."""
     return over_time(
         _steps, [gates_2BTE, c_BTE], [Rows(0, 0), Rows(0, 1), Rows(1)],
         [jax.ShapeDtypeStruct(c_BTE.shape, c_BTE.dtype)], [Rows(0)],
-        _FORWARD[c_BTE.dtype.itemsize], constants=_constants(log_decay_E, scale_E),
+        blocks or _FORWARD[c_BTE.dtype.itemsize], constants=_constants(log_decay_E, scale_E),
         flags_BT=_kept(first_BT), interpret=interpret, name="gated_scan")[0]
 
 
@@ -48,16 +48,16 @@ def scan_backward(
     gates_2BTE: Float[Array, "2 B T E"], c_BTE: Float[Array, "B T E"],
     log_decay_E: Float[Array, " E"], scale_E: Float[Array, " E"] | None,
     first_BT: Bool[Array, "B T"], h_BTE: Float[Array, "B T E"], g_BTE: Float[Array, "B T E"], *,
-    interpret: bool = False,
+    blocks: Blocks | None = None, interpret: bool = False,
 ) -> tuple[Array, ...]:
     """The gradients of gates and c, and of log_decay (and scale) for every row of the batch."""
     results = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (gates_2BTE, c_BTE)]
     dgates_2BTE, dc_BTE, drate_BE, dscale_BE = over_time(
         _steps_back, [gates_2BTE, c_BTE, h_BTE, g_BTE],
         [Rows(0, 0), Rows(0, 1), Rows(1), Rows(2, before=True), Rows(3)], results,
-        [Rows(0, 0), Rows(0, 1), Rows(1)], _BACKWARD[c_BTE.dtype.itemsize], reverse=True, carry=3,
-        sums=(1, 2), constants=_constants(log_decay_E, scale_E), flags_BT=_kept(first_BT),
-        interpret=interpret, name="gated_scan_backward")
+        [Rows(0, 0), Rows(0, 1), Rows(1)], blocks or _BACKWARD[c_BTE.dtype.itemsize],
+        reverse=True, carry=3, sums=(1, 2), constants=_constants(log_decay_E, scale_E),
+        flags_BT=_kept(first_BT), interpret=interpret, name="gated_scan_backward")
     dlog_decay_BE = -SHARPNESS * jax.nn.sigmoid(log_decay_E) * drate_BE
     return (dgates_2BTE, dc_BTE, dlog_decay_BE, *([] if scale_E is None else [dscale_BE]))
 

@@ -16,6 +16,9 @@ from hippocampus.ops.mosaic_gpu import CHANNELS, Blocks, Rows, Values, over_time
 
 LEAST_STEPS = 16
 """Time steps that the sequence's length divides by."""
+_FORWARD = {2: Blocks(64, 4, 2, 16), 4: Blocks(32, 4, 2, 16)}
+_BACKWARD = {2: Blocks(32, 4, 2, 16), 4: Blocks(16, 4, 2, 16)}
+"""By the bytes of a number."""
 
 
 def supports(shape: tuple[int, int, int], dtype: jnp.dtype) -> bool:
@@ -26,24 +29,25 @@ def supports(shape: tuple[int, int, int], dtype: jnp.dtype) -> bool:
 
 
 def scan(a_BTE: Float[Array, "B T E"], x_BTE: Float[Array, "B T E"], *, reverse: bool = False,
-         interpret: bool = False) -> Float[Array, "B T E"]:
+         blocks: Blocks | None = None, interpret: bool = False) -> Float[Array, "B T E"]:
     """Every state, from a state of zero and in float32; the result has the dtype of `x_BTE`.
 
     Args:
       a_BTE: decays.
       x_BTE: inputs.
       reverse: h_t = a_t h_{t+1} + x_t instead.
+      blocks: other sizes than those for the dtype.
       interpret: run without a GPU.
     """
     like = jax.ShapeDtypeStruct(x_BTE.shape, x_BTE.dtype)
-    blocks = _blocks(x_BTE.shape[1], x_BTE.dtype, Blocks(32, 4, 2, 16), Blocks(64, 4, 2, 16))
+    blocks = blocks or _blocks(x_BTE.shape[1], _FORWARD[x_BTE.dtype.itemsize])
     return over_time(_steps, [a_BTE, x_BTE], [Rows(0), Rows(1)], [like], [Rows(0)], blocks,
                      reverse=reverse, interpret=interpret, name="scan")[0]
 
 
 def scan_backward(
     a_BTE: Float[Array, "B T E"], h_BTE: Float[Array, "B T E"], g_BTE: Float[Array, "B T E"], *,
-    interpret: bool = False,
+    blocks: Blocks | None = None, interpret: bool = False,
 ) -> tuple[Float[Array, "B T E"], Float[Array, "B T E"]]:
     """The adjoint of `scan`: l_t = g_t + a_{t+1} l_{t+1}; da_t = l_t h_{t-1}, dx_t = l_t.
 
@@ -51,13 +55,14 @@ def scan_backward(
       a_BTE: decays.
       h_BTE: what `scan` found.
       g_BTE: gradient of every state.
+      blocks: other sizes than those for the dtype.
       interpret: run without a GPU.
 
     Returns:
       da_BTE in the dtype of `a_BTE`, dx_BTE in that of `g_BTE`.
     """
     like = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (a_BTE, g_BTE)]
-    blocks = _blocks(g_BTE.shape[1], g_BTE.dtype, Blocks(16, 4, 2, 16), Blocks(32, 4, 2, 16))
+    blocks = blocks or _blocks(g_BTE.shape[1], _BACKWARD[g_BTE.dtype.itemsize])
     da_BTE, dx_BTE = over_time(
         _steps_back, [a_BTE, h_BTE, g_BTE], [Rows(0), Rows(1, before=True), Rows(2)], like,
         [Rows(0), Rows(1)], blocks, reverse=True, interpret=interpret, name="scan_backward")
@@ -83,9 +88,8 @@ def _steps_back(rows: Sequence[Values], constants: Values, carry: Values,
     return (later,), gradients
 
 
-def _blocks(T: int, dtype: jnp.dtype, of_float32: Blocks, of_bfloat16: Blocks) -> Blocks:
-    """The sizes for a dtype, with as many steps in a block as divide the sequence."""
-    blocks = of_float32 if dtype == jnp.float32 else of_bfloat16
+def _blocks(T: int, blocks: Blocks) -> Blocks:
+    """With as many steps in a block as divide the sequence, and as many steps on their way."""
     steps = blocks.steps
     while T % steps:
         steps //= 2
