@@ -49,7 +49,7 @@ _TABLE: tuple[tuple[str, str, float, Choice], ...] = (
     ("tpu", r"v5", 0, Choice("bfloat16", "xla", "chunked", 459e12)),
     ("tpu", r"v6", 0, Choice("bfloat16", "xla", "chunked", 918e12)),
     ("tpu", r"", 0, Choice("bfloat16", "xla", "chunked")),
-    ("gpu", r"H100|H200|H800|GH200", 9.0, Choice("bfloat16", "cudnn", "pallas", 989e12)),
+    ("gpu", r"H100|H200|H800|GH200", 9.0, Choice("bfloat16", "cudnn", "associative", 989e12)),
     ("gpu", r"A100|A800", 8.0, Choice("bfloat16", "cudnn", "associative", 312e12)),
     ("gpu", r"L4\b", 8.0, Choice("bfloat16", "cudnn", "associative", 121e12)),
     ("gpu", r"", 8.0, Choice("bfloat16", "cudnn", "associative")),

@@ -76,7 +76,7 @@ def test_automatic_fields_are_decided_and_reported():
                             "loss.backend"}
     assert config.model.compute_dtype == "bfloat16"
     assert config.model.attention.backend == "cudnn"
-    assert config.model.ssm.backend == "pallas"
+    assert config.model.ssm.backend == "associative"
     assert config.loss.backend == "full"
 
 

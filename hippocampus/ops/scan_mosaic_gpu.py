@@ -1,7 +1,9 @@
 """The diagonal scan h_t = a_t h_{t-1} + x_t on NVIDIA GPUs from Hopper on; see `mosaic_gpu`.
 
 The forward pass reads two arrays and writes one, the backward pass reads three and writes two:
-nothing else goes through the main memory. The sizes were chosen on an H100 (docs/performance.md).
+nothing else goes through the main memory but one row of states per block. The sizes follow from
+the 227 KB of shared memory of a Hopper multiprocessor; `benchmarks/scan.py --only=sweep` tries
+others.
 """
 
 from __future__ import annotations
