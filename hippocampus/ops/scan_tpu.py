@@ -102,7 +102,7 @@ def scan_backward(
 def gated_scan(
     gates_2BTE: Float[Array, "2 B T E"], c_BTE: Float[Array, "B T E"],
     log_decay_E: Float[Array, " E"], scale_E: Float[Array, " E"] | None,
-    first_BT: Bool[Array, "B T"], *, dtype: Any = jnp.float32,
+    first_BT: Bool[Array, "B T"], *, dtype: Any = None,
 ) -> Float[Array, "B T E"]:
     """The recurrence of `hippocampus.layers.modern_ssm` from the logits of its gates.
 
@@ -117,7 +117,7 @@ def gated_scan(
       log_decay_E: parameter of the channels.
       scale_E: of the inputs; None = 1.
       first_BT: whether a token is its document's first.
-      dtype: of the result.
+      dtype: of the result; None = that of `c_BTE`. The state is float32 in any case.
     """
     def kernel(gates: Any, c: Any, first: Any, rate: Any, scale: Any, h: Any, state: Any) -> None:
         def step(lanes: Any, t: Array, _: Array, s: Array) -> tuple[Array]:
@@ -139,8 +139,7 @@ def gated_scan_backward(
     gates_2BTE: Float[Array, "2 B T E"], c_BTE: Float[Array, "B T E"],
     log_decay_E: Float[Array, " E"], scale_E: Float[Array, " E"] | None,
     first_BT: Bool[Array, "B T"], h_BTE: Float[Array, "B T E"], g_BTE: Float[Array, "B T E"],
-) -> tuple[Float[Array, "2 B T E"], Float[Array, "B T E"], Float[Array, " E"],
-           Float[Array, " E"] | None]:
+) -> tuple[Array, ...]:
     """Gradients of `gated_scan` in one pass, which works the gates out again.
 
     Args:
@@ -149,7 +148,8 @@ def gated_scan_backward(
       g_BTE: gradient of it.
 
     Returns:
-      Gradients of gates_2BTE, c_BTE, log_decay_E and scale_E (None if that is), in their dtypes.
+      Gradients of gates_2BTE and c_BTE, in their dtypes, then float32 B,E of log_decay_E and, if
+      there is one, of scale_E: a part for each row, which the caller adds up over all devices.
     """
     def kernel(gates: Any, c: Any, first: Any, rate: Any, scale: Any, h: Any, before: Any, g: Any,
                d_gates: Any, d_c: Any, d_rate: Any, d_scale: Any, state: Any) -> None:
@@ -177,10 +177,9 @@ def gated_scan_backward(
                  (h_BTE, grid.steps()), (h_BTE, grid.step_before()), (g_BTE, grid.steps())],
         [(grid.like(gates_2BTE), grid.steps(2)), (grid.like(c_BTE), grid.steps()),
          (sums, grid.sums()), (sums, grid.sums())])
-    d_log_decay = -_SHARPNESS * jax.nn.sigmoid(log_decay_E) * d_rate.sum(0)
-    return (jnp.swapaxes(d_gates, 1, 2), jnp.swapaxes(d_c, 0, 1),
-            d_log_decay.astype(log_decay_E.dtype),
-            None if scale_E is None else d_scale.sum(0).astype(scale_E.dtype))
+    d_log_decay = -_SHARPNESS * jax.nn.sigmoid(_f32(log_decay_E)) * d_rate
+    return (jnp.swapaxes(d_gates, 1, 2), jnp.swapaxes(d_c, 0, 1), d_log_decay,
+            *([] if scale_E is None else [d_scale]))
 
 
 class _Gate(NamedTuple):

@@ -104,13 +104,13 @@ def test_gates_states_and_gradients_are_those_of_the_layer(shape, dtype, monkeyp
         return h, vjp(jnp.asarray(g, jnp.float64))
 
     h64, gradients = doubles(expected)
-    h = scan_tpu.gated_scan(*inputs, first)
-    assert h.dtype == jnp.float32
+    h = scan_tpu.gated_scan(*inputs, first, dtype=jnp.float32)
     assert_close(h, h64, n_operations=T)
-    found = scan_tpu.gated_scan_backward(*inputs, first, h, g)
-    assert [array.dtype for array in found] == [array.dtype for array in inputs]
-    for array, exact in zip(found, gradients, strict=True):
-        assert_close(array, exact, n_operations=B * T if array.ndim == 1 else T)
+    d_gates, d_c, *of_rows = scan_tpu.gated_scan_backward(*inputs, first, h, g)
+    assert d_gates.dtype == d_c.dtype == dtype
+    assert_close((d_gates, d_c), gradients[:2], n_operations=T)
+    assert of_rows[0].shape == of_rows[1].shape == (B, E)
+    assert_close([rows.sum(0) for rows in of_rows], list(gradients[2:]), n_operations=B * T)
 
 
 def test_no_scale_is_a_scale_of_one():
@@ -119,7 +119,8 @@ def test_no_scale_is_a_scale_of_one():
     first = np.zeros((1, 8), bool)
     h = scan_tpu.gated_scan(*inputs, None, first)
     np.testing.assert_array_equal(h, scan_tpu.gated_scan(*inputs, jnp.ones(128), first))
-    assert scan_tpu.gated_scan_backward(*inputs, None, first, h, h)[-1] is None
+    assert h.dtype == jnp.float32  # that of the inputs
+    assert len(scan_tpu.gated_scan_backward(*inputs, None, first, h, h)) == 3
 
 
 @pytest.mark.parametrize(("shape", "dtype", "taken"), [
