@@ -125,7 +125,7 @@ class AttentionConfig:
     qk_norm: bool = _setting(True, "RMS-normalise queries and keys per head")
     window: int = _count(0, "tokens that a token sees, itself included; 0 = all before it", low=0)
     backend: str = _setting("auto", "attention backend, also of the Hopfield path",
-                            choices=("auto", "xla", "cudnn"))
+                            choices=("auto", "xla", "cudnn", "flash"))
 
 
 @dataclass(frozen=True)

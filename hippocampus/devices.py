@@ -39,16 +39,17 @@ class Choice:
 # bfloat16 is 2.4-3.2 times slower than float32 on CPUs; a T4 has no fast bfloat16 and no fused
 # attention, and float16 would need loss scaling. Compiled for TPUs, the chunked scan with its
 # gradient moves 12 (v4) to 54 (v3) array-sizes through the memory, the associative one 43 to 72,
-# and takes twice as long to compile. Peaks are the vendors' dense figures per JAX device (a v2/v3
-# device is one core of a chip).
+# and takes twice as long to compile. Fused attention moves a twentieth of what XLA's does; its
+# bfloat16 products do not compile for v2 and v3. Peaks are the vendors' dense figures per JAX
+# device (a v2/v3 device is one core of a chip).
 _TABLE: tuple[tuple[str, str, float, Choice], ...] = (
     ("tpu", r"v2", 0, Choice("bfloat16", "xla", "chunked", 22.5e12)),
     ("tpu", r"v3", 0, Choice("bfloat16", "xla", "chunked", 61.5e12)),
-    ("tpu", r"v4", 0, Choice("bfloat16", "xla", "chunked", 275e12)),
-    ("tpu", r"v5 ?lite|v5e", 0, Choice("bfloat16", "xla", "chunked", 197e12)),
-    ("tpu", r"v5", 0, Choice("bfloat16", "xla", "chunked", 459e12)),
-    ("tpu", r"v6", 0, Choice("bfloat16", "xla", "chunked", 918e12)),
-    ("tpu", r"", 0, Choice("bfloat16", "xla", "chunked")),
+    ("tpu", r"v4", 0, Choice("bfloat16", "flash", "chunked", 275e12)),
+    ("tpu", r"v5 ?lite|v5e", 0, Choice("bfloat16", "flash", "chunked", 197e12)),
+    ("tpu", r"v5", 0, Choice("bfloat16", "flash", "chunked", 459e12)),
+    ("tpu", r"v6", 0, Choice("bfloat16", "flash", "chunked", 918e12)),
+    ("tpu", r"", 0, Choice("bfloat16", "flash", "chunked")),
     ("gpu", r"H100|H200|H800|GH200", 9.0, Choice("bfloat16", "cudnn", "associative", 989e12)),
     ("gpu", r"A100|A800", 8.0, Choice("bfloat16", "cudnn", "associative", 312e12)),
     ("gpu", r"L4\b", 8.0, Choice("bfloat16", "cudnn", "associative", 121e12)),
@@ -57,6 +58,9 @@ _TABLE: tuple[tuple[str, str, float, Choice], ...] = (
     ("gpu", r"", 0, Choice("float32", "xla", "associative")),
     ("cpu", r"", 0, Choice("float32", "xla", "chunked")),
 )
+
+_FUSED_ATTENTION = {"cudnn": "cuDNN attention needs an NVIDIA GPU from Ampere on",
+                    "flash": "flash attention needs a TPU v4 or later"}
 
 
 @dataclass(frozen=True)
@@ -158,12 +162,14 @@ def resolve(config: Config, device: Device | None = None,
     decided = tuple(name for name, (asked, _) in values.items()
                     if asked == "auto" or name in automatic)
     final = {name: best if name in decided else asked for name, (asked, best) in values.items()}
-    if final["model.attention.backend"] == "cudnn" and choice.attention != "cudnn":
-        raise ConfigError(f"model.attention.backend is cudnn on {device.kind or device.platform}",
-                          "cuDNN attention needs an NVIDIA GPU from Ampere on; use auto or xla")
+    attention = final["model.attention.backend"]
+    if attention in _FUSED_ATTENTION and choice.attention != attention:
+        raise ConfigError(
+            f"model.attention.backend is {attention} on {device.kind or device.platform}",
+            f"{_FUSED_ATTENTION[attention]}; use auto or xla")
     model = dataclasses.replace(
         model, compute_dtype=final["model.compute_dtype"],
-        attention=dataclasses.replace(model.attention, backend=final["model.attention.backend"]),
+        attention=dataclasses.replace(model.attention, backend=attention),
         ssm=dataclasses.replace(model.ssm, backend=final["model.ssm.backend"]),
         max_length=model.max_length or config.data.context)
     loss = dataclasses.replace(config.loss, backend=final["loss.backend"])

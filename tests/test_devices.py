@@ -33,8 +33,11 @@ V5E = Device("tpu", "TPU v5 lite")
     (A100, "bfloat16", "cudnn"), (H100, "bfloat16", "cudnn"),
     (Device("gpu", "NVIDIA L4", 8.9), "bfloat16", "cudnn"),
     (Device("gpu", "NVIDIA B200", 10.0), "bfloat16", "cudnn"),
-    (Device("tpu", "TPU v2"), "bfloat16", "xla"), (V5E, "bfloat16", "xla"),
-    (Device("tpu", "TPU v9 of the future"), "bfloat16", "xla"),
+    (Device("tpu", "TPU v2"), "bfloat16", "xla"), (Device("tpu", "TPU v3"), "bfloat16", "xla"),
+    (Device("tpu", "TPU v4"), "bfloat16", "flash"), (V5E, "bfloat16", "flash"),
+    (Device("tpu", "TPU v5p"), "bfloat16", "flash"),
+    (Device("tpu", "TPU v6e"), "bfloat16", "flash"),
+    (Device("tpu", "TPU v9 of the future"), "bfloat16", "flash"),
 ])
 def test_dtype_and_attention_of_a_device(device, dtype, attention):
     choice = choose(device)
@@ -108,6 +111,14 @@ def test_cudnn_is_refused_where_there_is_none(device):
     asked = load_config(defaults(), {"model.attention.backend": "cudnn"})
     with pytest.raises(ConfigError, match=r"^model\.attention\.backend is cudnn on "):
         resolve(asked, device)
+
+
+@pytest.mark.parametrize("device", [CPU, H100, Device("tpu", "TPU v3")])
+def test_flash_attention_is_refused_where_there_is_none(device):
+    asked = load_config(defaults(), {"model.attention.backend": "flash"})
+    with pytest.raises(ConfigError, match=r"^model\.attention\.backend is flash on "):
+        resolve(asked, device)
+    assert resolve(asked, V5E)[0].model.attention.backend == "flash"
 
 
 def test_cudnn_is_taken_where_there_is_one():

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hippocampus.errors import ConfigError
-from hippocampus.ops import placement
+from hippocampus.ops import attention_tpu, placement
 from hippocampus.ops.placement import SEQUENCE
 
-BACKENDS = ("xla", "cudnn")
+BACKENDS = ("xla", "cudnn", "flash")
 
 
 def attention(
@@ -29,7 +29,9 @@ def attention(
       document_ids: document of each token; None = one document a row.
       window: how many tokens a token sees, itself included; 0 = all of them.
       scale: of the scores; None = 1/sqrt(d).
-      backend: "xla", or "cudnn" (fused; NVIDIA Ampere and later, float16 or bfloat16).
+      backend: "xla", "cudnn" (fused; NVIDIA Ampere and later, float16 or bfloat16), or "flash"
+        (fused; TPU v4 and later, head widths of whole tiles of 64). What a fused backend does
+        not take runs on XLA.
 
     Returns:
       o_BTHd in the dtype of `q_BTHd`; scores and softmax are float32. Under a mesh that cuts the
@@ -48,6 +50,11 @@ def attention(
             functools.partial(_own_queries, window=window, scale=scale, backend=backend),
             (q_BTHd, k_BTGd, v_BTGd, document_ids), (heads, heads, heads, ("batch", SEQUENCE)),
             heads)
+    if backend == "flash" and attention_tpu.supports(q_BTHd.shape, q_BTHd.dtype):
+        whole = ("batch", None, "tensor", None)
+        return placement.map_local(
+            functools.partial(attention_tpu.attention, window=window, scale=scale),
+            (q_BTHd, k_BTGd, v_BTGd, document_ids), (whole, whole, whole, ("batch", None)), whole)
     mask = None if document_ids is None else same_document(document_ids)[:, None]
     return jax.nn.dot_product_attention(
         q_BTHd, k_BTGd, v_BTGd, mask=mask, scale=scale, is_causal=True,
