@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,<= ]*)\](\{[^{}]*\})?")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_END = re.compile(r"^\}(, execution_thread=.*)?$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALL = re.compile(r"(calls|to_apply|body|condition|true_computation|false_computation)="
@@ -88,7 +89,7 @@ def parse(text: str) -> Module:
     entry, current = "", None
     partitions = re.search(r"num_partitions=(\d+)", text.split("\n", 1)[0])
     for line in text.splitlines():
-        if line.startswith("}"):
+        if _END.match(line):  # attributes of a kernel may hold line breaks and braces
             current = None
         elif current is None:
             if begin := _COMPUTATION.match(line):

@@ -118,6 +118,10 @@ def _memory_bytes(module: Module, computation: Computation, instruction: Instruc
     operands = [known[name].shapes for name in instruction.operands if name in known]
     if opcode == "copy-start":  # (destination, source, context)
         return _in_memory(instruction.shapes[:2])
+    if opcode in ("slice-start", "dynamic-slice-start"):  # (operands, window, context)
+        window = instruction.shapes[-2]
+        read = window.bytes if _in_memory(operands[0] if operands else ()) else 0
+        return read + _in_memory((window,))
     if opcode in _WINDOWS:
         source = operands[0] if operands else ()
         read = sum(s.bytes for s in instruction.shapes) if _in_memory(source) else 0

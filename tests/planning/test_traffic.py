@@ -16,7 +16,8 @@ ADD = """%add (a: f32[], b: f32[]) -> f32[] {
 
 
 def program(body: str, before: str = "", result: str = "f32[4]") -> str:
-    lines = "\n".join(f"  {line.strip()}" for line in body.strip().splitlines())
+    lines = "\n".join(line if line.startswith(("}", '"')) else f"  {line.strip()}"
+                      for line in body.strip().splitlines())
     return f"{HEADER}{ADD}{before}ENTRY %main (x: f32[4]) -> {result} {{\n{lines}\n}}\n"
 
 
@@ -241,6 +242,24 @@ def test_what_stays_on_the_chip_is_no_memory_traffic():
         %y = f32[4]{0:T(128)S(1)} negate(%d)
         ROOT %z = f32[4]{0:T(128)} negate(%y)
     """) == 16 + 16
+
+
+def test_a_slice_that_is_fetched_early_moves_its_window_only():
+    assert memory("""
+        %x = f32[100,4]{1,0:T(8,128)} parameter(0)
+        %s = ((f32[100,4]{1,0:T(8,128)}), f32[8,4]{1,0:T(8,128)S(3)}, s32[]{:S(2)}) slice-start(%x)
+        %d = f32[8,4]{1,0:T(8,128)S(3)} slice-done(%s)
+        ROOT %z = f32[8,4]{1,0:T(8,128)} negate(%d)
+    """) == 128 + 128
+
+
+def test_line_breaks_and_braces_in_a_kernels_attributes_do_not_end_its_computation():
+    assert memory("""
+        %x = f32[4]{0} parameter(0)
+        %k = f32[4]{0} custom-call(%x), custom_call_target="tpu_custom_call", attributes={metadata={
+    """ + '"{block: 512}"\n}}, backend_config={}' + """
+        ROOT %z = f32[4]{0} negate(%k)
+    """) == (16 + 16) + (16 + 16)
 
 
 def test_a_collective_reads_its_operand_and_writes_its_result_once():
