@@ -19,6 +19,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--topology", required=True, metavar="NAME",
                         help="v4:2x2x1 (TPU generation and chips along each side), an accelerator "
                              "type such as v3-8, or h100x8")
+    parser.add_argument("--scaling", nargs="?", const=0.0, type=float, metavar="ROWS",
+                        help="instead: compute against gradient all-reduce on every usual slice of "
+                             "that TPU, with ROWS sequences on each device (default: "
+                             "train.batch_size shared out); nothing is compiled")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     rest, overrides = take_overrides(arguments)
     flags = parser.parse_args(rest)
@@ -28,6 +32,14 @@ def main(arguments: Sequence[str]) -> None:
     prepare_environment()
     topology = find_topology(flags.topology)
     config = load_config(flags.config, overrides)
+
+    if flags.scaling is not None:
+        from hippocampus.planning.scaling import describe_scaling, scaling
+
+        scales = scaling(config, topology, flags.scaling)
+        sys.stdout.write(json.dumps([scale.to_json() for scale in scales], indent=2) + "\n"
+                         if flags.json else describe_scaling(scales))
+        return
 
     from hippocampus.planning.plan import make_plan
     from hippocampus.planning.report import describe

@@ -98,6 +98,12 @@ def known_names() -> list[str]:
     return tpus + [f"{gpu}x{n}" for gpu in _GPUS for n in (1, 8)]
 
 
+def slices(topology: Topology) -> list[Topology]:
+    """The usual slices of a TPU's generation, the smallest first."""
+    generation = topology.name.partition(":")[0]
+    return [find_topology(f"{generation}:{shape}") for shape in _TPUS[generation][1].split()]
+
+
 def nearest(name: str) -> str:
     """A hint with the names most like one."""
     known = known_names()
