@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -52,9 +52,10 @@ def attention(
             heads)
     if backend == "flash" and attention_tpu.supports(q_BTHd.shape, q_BTHd.dtype):
         whole = ("batch", None, "tensor", None)
+        arrays: tuple[Any, ...] = (q_BTHd, k_BTGd, v_BTGd, document_ids)
         return placement.map_local(
             functools.partial(attention_tpu.attention, window=window, scale=scale),
-            (q_BTHd, k_BTGd, v_BTGd, document_ids), (whole, whole, whole, ("batch", None)), whole)
+            arrays, (whole, whole, whole, ("batch", None)), whole)
     mask = None if document_ids is None else same_document(document_ids)[:, None]
     return jax.nn.dot_product_attention(
         q_BTHd, k_BTGd, v_BTGd, mask=mask, scale=scale, is_causal=True,
