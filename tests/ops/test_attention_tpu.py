@@ -15,7 +15,7 @@ B, T, H, G = 2, 256, 4, 2
 IDS = np.sort(np.random.default_rng(3).integers(0, 4, (B, T))).astype(np.int32)
 CASES = {
     "plain": {},
-    "window in documents": {"window": 100, "document_ids": IDS},
+    "window in documents": {"window": 40, "document_ids": IDS},
     "scale, as the Hopfield steps have it": {"scale": 1.0, "document_ids": IDS},
 }
 
