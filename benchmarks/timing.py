@@ -70,8 +70,8 @@ def copy_bandwidth(n_bytes: int | None = None) -> float:
     return 2 * array.nbytes / median_seconds(lambda: add(array))
 
 
-def header() -> str:
-    """One line: hardware, versions, and the command that is running."""
+def header(hardware: str = "") -> str:
+    """One line: hardware (default: of this process), versions, and the command that is running."""
     versions = [f"Python {platform.python_version()}"]
     for name in PACKAGES:
         try:
@@ -80,7 +80,7 @@ def header() -> str:
             continue
     script, *arguments = sys.argv
     command = shlex.join(["python", os.path.relpath(script), *arguments])
-    return f"{_hardware()} | {', '.join(versions)} | {command}"
+    return f"{hardware or this_hardware()} | {', '.join(versions)} | {command}"
 
 
 @dataclass(frozen=True)
@@ -118,17 +118,18 @@ class Table:
     Each is printed as it is added, so that a run that is stopped keeps what it has measured.
     """
 
-    def __init__(self, title: str, peer: str = "peer", *, file: Any = None):
+    def __init__(self, title: str, peer: str = "peer", *, hardware: str = "", file: Any = None):
         """Prints the hardware, the versions and the command, and the names of the columns.
 
         Args:
           title: what is compared.
           peer: what the ratio is against.
+          hardware: where processes of their own measured; default: what this one uses.
           file: to print to; default: the standard output.
         """
         self.rows: list[Row] = []
         self._file = file
-        self._print(header())
+        self._print(header(hardware))
         self._print(f"{title}; ratio = time of {peer} / time")
         self._print(f"{'ratio':>7} {'time':>12} {'roofline':>9}  what")
 
@@ -169,7 +170,8 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _hardware() -> str:
+def this_hardware() -> str:
+    """The devices of JAX, if this process uses it, else the processor."""
     if "jax" not in sys.modules:
         return f"{platform.machine()}, {os.cpu_count()} cores"
     import jax

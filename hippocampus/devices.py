@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from dataclasses import dataclass
 
 import jax
 
+from hippocampus import xla_flags
 from hippocampus.config import Config
 from hippocampus.errors import ConfigError
 
@@ -81,7 +81,6 @@ class Chip:
 
 
 _GIB = 2**30
-_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 # (platform, pattern of the kind) -> facts; first match counts. A v2/v3 device is one of two cores
 # of a chip and has half its memory; a v4/v5p device is a chip whose two cores work as one.
@@ -181,9 +180,7 @@ def prepare_deterministic() -> None:
 
     It takes no atomic additions then, and chooses no kernel by timing.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if _DETERMINISTIC not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {_DETERMINISTIC}".strip()
+    xla_flags.prepare(xla_flags.DETERMINISTIC)
 
 
 def check_deterministic(config: Config) -> None:
@@ -193,8 +190,8 @@ def check_deterministic(config: Config) -> None:
       ConfigError: on a GPU, without the flag of `prepare_deterministic`.
     """
     wanted = config.train.deterministic and this_device().platform == "gpu"
-    if wanted and _DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):
-        raise ConfigError(f"train.deterministic needs XLA_FLAGS={_DETERMINISTIC}",
+    if wanted and not xla_flags.asked(xla_flags.DETERMINISTIC):
+        raise ConfigError(f"train.deterministic needs XLA_FLAGS={xla_flags.DETERMINISTIC}",
                           "set it before JAX is imported; python -m hippocampus.train does")
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from hippocampus import distributed
+from hippocampus import distributed, xla_flags
 from hippocampus.config_files import load_config
 from hippocampus.training.signals import StopSignal
 from hippocampus.verbs import Parser, run_verb, take_overrides
@@ -21,6 +22,9 @@ def main(arguments: Sequence[str]) -> None:
                         help="check the config, print parameters and memory, train nothing")
     parser.add_argument("--allow_change", default="", metavar="FIELD[,FIELD]",
                         help="go on with new values of fields that a run must not change by itself")
+    parser.add_argument("--profile", type=int, nargs="?", const=5, metavar="STEPS",
+                        help="trace so many steps (default 5) after the first ones, and print "
+                        "what each component takes")
     distributed.add_flags(parser)
     rest, overrides = take_overrides(arguments)
     flags = parser.parse_args(rest)
@@ -33,6 +37,8 @@ def main(arguments: Sequence[str]) -> None:
             from hippocampus.devices import prepare_deterministic
 
             prepare_deterministic()
+        if flags.profile is not None:
+            xla_flags.prepare(xla_flags.NAMED_KERNELS)
         if flags.check:
             from hippocampus.training.check import describe
 
@@ -40,8 +46,16 @@ def main(arguments: Sequence[str]) -> None:
         else:
             from hippocampus.training.loop import fit
 
-            fit(config, flags.workdir, stop=stop,
+            fit(config, flags.workdir, stop=stop, watcher=_profiler(flags.profile),
                 allow_changes=[name for name in flags.allow_change.split(",") if name])
+
+
+def _profiler(steps: int | None) -> Any:
+    if steps is None:
+        return None
+    from hippocampus.profiling.profiler import Profiler
+
+    return Profiler(steps)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from hippocampus import distributed
+from hippocampus.compilation_cache import use_compilation_cache
 from hippocampus.errors import (
     EXIT_BUG,
     EXIT_OK,
@@ -67,6 +68,7 @@ def run_verb(main: Callable[[Sequence[str]], Any], arguments: Sequence[str] | No
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
     warnings.showwarning = _show_warning
+    use_compilation_cache()
     try:
         main(arguments)
         distributed.finish()

@@ -29,9 +29,10 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Tokenizers and shards of tests are kept apart from the user's."""
+    """Tokenizers, shards and compiled programs of tests are kept apart from the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HIPPOCAMPUS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("HIPPOCAMPUS_COMPILATION_CACHE", "off")
         yield
 
 

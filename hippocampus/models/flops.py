@@ -18,43 +18,57 @@ from hippocampus.models.hybrid_lm import padded_vocabulary
 
 def training_flops_per_token(config: Config) -> float:
     """FLOPs per token of forward and backward over all segments, at the training context."""
+    return sum(training_flops_by_component(config).values())
+
+
+def training_flops_by_component(config: Config) -> dict[str, float]:
+    """`training_flops_per_token`, part by part.
+
+    Returns:
+      FLOPs per token of "ssm", "hopfield", "attention", "mixer", "mlp", "controller", "loss" (the
+      head is part of it) and "embedding" (the projection of a factorised table).
+    """
     model, segments = config.model, config.model.segments
     R = segments.train
-    layers = sum(_block(model, spec, config.data.context) for spec in block_specs(model))
+    supervised = sum(1 for w in segments.weights[-R:] if w)
+    # With "stop", gradients reach an earlier pass only through its own loss.
+    differentiated = R if segments.gradient == "full" else supervised
+    parts = dict.fromkeys((*PATHS, "mixer", "mlp"), 0.0)
+    for spec in block_specs(model):
+        for name, flops in _block(model, spec, config.data.context).items():
+            parts[name] += flops * (R + 2 * differentiated)
     width = model.embedding_width or model.d_model
+    factor = 2.0 * width * model.d_model if model.embedding_width else 0.0
     head = 2.0 * padded_vocabulary(model.vocab_size) * width
     controller = 2.0 * segments.controller_width * (
         model.d_model + model.n_layers * len(PATHS)) if R > 1 else 0.0
     if R > 1 and segments.feedback:
         controller += 2.0 * model.d_model**2
-    factor = 2.0 * width * model.d_model if model.embedding_width else 0.0
-    supervised = sum(1 for w in segments.weights[-R:] if w)
-    # With "stop", gradients reach an earlier pass only through its own loss.
-    differentiated = R if segments.gradient == "full" else supervised
-    return (layers * (R + 2 * differentiated) + 3 * (head + factor) * supervised + 3 * factor
-            + 3 * controller * (R - 1))
+    return {**parts, "controller": 3 * controller * (R - 1),
+            "loss": 3 * (head + factor) * supervised, "embedding": 3 * factor}
 
 
-def _block(model: HybridConfig, spec: BlockSpec, context: int) -> float:
-    """Forward FLOPs per token of one block."""
+def _block(model: HybridConfig, spec: BlockSpec, context: int) -> dict[str, float]:
+    """Forward FLOPs per token of one block, part by part."""
     D, seen = model.d_model, (context + 1) / 2
-    total = 2.0 * D * model.mixer.width + 2.0 * model.mixer.width * len(spec.paths)
     matrices = 3 if model.mlp.kind == "swiglu" else 2
-    total += 2.0 * matrices * D * mlp_width(model.mlp, D)
+    parts = {"mixer": 2.0 * D * model.mixer.width + 2.0 * model.mixer.width * len(spec.paths),
+             "mlp": 2.0 * matrices * D * mlp_width(model.mlp, D)}
     if "ssm" in spec.paths:
         E = model.ssm.expansion * D
         if model.ssm.kind == "gru":
-            total += 2 * 4 * D * E + 2 * 3 * E * E
+            parts["ssm"] = 2 * 4 * D * E + 2 * 3 * E * E
         else:
-            total += 2 * 3 * D * E + 2 * model.ssm.d_conv * E
-            total += 4 * E * E / model.n_heads if model.ssm.kind == "gated" else 0
+            parts["ssm"] = 2 * 3 * D * E + 2 * model.ssm.d_conv * E + (
+                4 * E * E / model.n_heads if model.ssm.kind == "gated" else 0)
     if "hopfield" in spec.paths:
         patterns = (seen if model.hopfield.patterns != "slots" else 0) + (
             model.hopfield.n_slots if model.hopfield.patterns != "context" else 0)
         projections = 3 if model.hopfield.patterns != "slots" else 2
-        total += 2.0 * projections * D * D + spec.depth * 4.0 * patterns * D
+        parts["hopfield"] = 2.0 * projections * D * D + spec.depth * 4.0 * patterns * D
     if "attention" in spec.paths:
         groups = (model.attention.n_kv_heads or model.n_heads) / model.n_heads
         window = model.attention.window
-        total += 2.0 * D * D * (2 + 2 * groups) + 4.0 * D * (min(seen, window) if window else seen)
-    return total
+        parts["attention"] = 2.0 * D * D * (2 + 2 * groups) + 4.0 * D * (
+            min(seen, window) if window else seen)
+    return parts

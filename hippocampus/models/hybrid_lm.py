@@ -121,7 +121,8 @@ class HybridLM(nn.Module):
             tokens_BT = noisy(tokens_BT, cfg.token_noise, jax.random.fold_in(key, _NOISE))
         x_BTD = self._embed(tokens_BT)
         if cfg.position == "learned":
-            x_BTD = x_BTD + embed(self.position_TD, positions_BT).astype(self.dtype)
+            with jax.named_scope("embedding"):
+                x_BTD = x_BTD + embed(self.position_TD, positions_BT).astype(self.dtype)
         x_BTD = self.edit("embedding", x_BTD)
 
         if train:

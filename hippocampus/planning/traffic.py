@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hippocampus.planning.hlo import Computation, Instruction, Module, Shape, count_runs
+from hippocampus.planning.hlo import Computation, Counts, Instruction, Module, Shape, count_runs
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -44,7 +44,6 @@ def traffic(module: Module) -> Traffic:
     """
     counts = count_runs(module)
     sent, count = dict.fromkeys(COLLECTIVES, 0), dict.fromkeys(COLLECTIVES, 0)
-    memory = 0
     for table in (counts.executed, counts.fused):
         for name, times in table.items():
             computation = module.computations.get(name)
@@ -53,10 +52,18 @@ def traffic(module: Module) -> Traffic:
             for kind, size in _collectives(module, computation):
                 sent[kind] += times * size
                 count[kind] += times
-            if table is counts.executed:
-                memory += times * sum(_memory_bytes(module, computation, instruction)
-                                      for instruction in computation.instructions.values())
+    memory = sum(size for _, size in memory_traffic(module, counts))
     return Traffic(sent, count, memory, counts.unknown_loops)
+
+
+def memory_traffic(module: Module, counts: Counts | None = None
+                   ) -> Iterator[tuple[Instruction, int]]:
+    """Every instruction that runs by itself, and the bytes it moves in one run of the program."""
+    counts = counts or count_runs(module)
+    for name, times in counts.executed.items():
+        if computation := module.computations.get(name):
+            for instruction in computation.instructions.values():
+                yield instruction, times * _memory_bytes(module, computation, instruction)
 
 
 def ring_bytes(kind: str, operand_bytes: float, group: int) -> float:

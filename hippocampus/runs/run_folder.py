@@ -2,6 +2,7 @@
 
     config.json  env.json  data.json  tokenizer.json  metrics.jsonl  events.*  steps/<n>/
     samples/  results.json  evaluations/
+    profile/                                   with --profile
     rollbacks.json  bad_batches/  stacks/      only where something went wrong
 """
 
@@ -109,6 +110,11 @@ class RunFolder:
     def evaluations(self) -> Path:
         """Tables of evaluations, as JSON and CSV."""
         return self.path / "evaluations"
+
+    @property
+    def profile(self) -> Path:
+        """Traces of single steps, and the table made from them."""
+        return self.path / "profile"
 
     def is_run(self) -> bool:
         """Whether a run was started here."""

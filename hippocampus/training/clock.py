@@ -13,10 +13,12 @@ from hippocampus.config import Config
 from hippocampus.devices import choose, this_device
 from hippocampus.models.flops import training_flops_per_token
 
-KINDS = ("training", "start", "compile", "data", "checkpoint", "evaluation", "samples", "lost")
+KINDS = ("training", "start", "compile", "data", "checkpoint", "evaluation", "samples", "profile",
+         "lost")
 """What a run's seconds are spent on. Training is all that is none of the others: start (reading
 data, restoring), compile (of the training step), data (waiting for a batch), checkpoint (what a
-save holds up), evaluation, samples (and histograms), lost (training that had to be done again)."""
+save holds up), evaluation, samples (and histograms), profile (what a trace holds up), lost
+(training that had to be done again)."""
 
 _NOT_PAUSED = ("data",)  # a run that waits for its data is a slow run
 

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,7 +45,7 @@ from hippocampus.training.optimizer import build_optimizer
 from hippocampus.training.report import conclude, greet
 from hippocampus.training.resume import check_resumable
 from hippocampus.training.rollback import Rollbacks
-from hippocampus.training.run import Interrupted, Run, due, look, look_is_due
+from hippocampus.training.run import Interrupted, Run, StepWatcher, due, look, look_is_due
 from hippocampus.training.run_data import RunData
 from hippocampus.training.signals import AGAIN, StopSignal
 from hippocampus.training.state import TrainState
@@ -60,7 +61,8 @@ from hippocampus.training.watchdog import Watchdog
 
 
 def fit(config: Config, workdir: str | Path | None = None, *,
-        allow_changes: Collection[str] = (), stop: StopSignal | None = None) -> Path:
+        allow_changes: Collection[str] = (), stop: StopSignal | None = None,
+        watcher: StepWatcher | None = None) -> Path:
     """Trains, or goes on training, until `train.steps`.
 
     Args:
@@ -70,6 +72,7 @@ def fit(config: Config, workdir: str | Path | None = None, *,
         that may anyway (`hippocampus.training.resume.MAY_CHANGE`).
       stop: entered already, by a process that belongs to this run; default: one of this call, that
         raises `Stopped`.
+      watcher: looks at the steps (`hippocampus.profiling.profiler.Profiler`).
 
     Returns:
       The run folder.
@@ -84,7 +87,7 @@ def fit(config: Config, workdir: str | Path | None = None, *,
     started = time.perf_counter()
     with contextlib.ExitStack() as context:
         stop = stop or context.enter_context(StopSignal())
-        return _fit(config, workdir, allow_changes, stop, started)
+        return _fit(config, workdir, allow_changes, stop, started, watcher)
 
 
 @dataclass(frozen=True)
@@ -99,10 +102,11 @@ class _Job:
     console: RunConsole
     checkpoints: Checkpoints
     stop: StopSignal
+    watcher: StepWatcher | None
 
 
 def _fit(config: Config, workdir: str | Path | None, allow_changes: Collection[str],
-         stop: StopSignal, started: float) -> Path:
+         stop: StopSignal, started: float, watcher: StepWatcher | None) -> Path:
     folder = RunFolder.at(workdir or Path("checkpoints") / config.name)
     first = distributed.is_first()  # the one process that writes and prints
     if first:
@@ -131,7 +135,7 @@ def _fit(config: Config, workdir: str | Path | None, allow_changes: Collection[s
         distributed.barrier()
         greet(console, config, folder, data, model)
         with Checkpoints(folder.steps, config.checkpoint, console.say) as checkpoints:
-            job = _Job(config, folder, data, model, mesh, console, checkpoints, stop)
+            job = _Job(config, folder, data, model, mesh, console, checkpoints, stop, watcher)
             trained = _train(job, started)
             stop.all_saved()
             if trained or not distributed.from_first(folder.results.exists()):
@@ -230,6 +234,9 @@ def _attempt(job: _Job, step_function: TrainStep, state: TrainState, done: int, 
     run = Run(config, folder, job.data, rollbacks.source(job.data.batches(config)), job.model,
               job.mesh, step_function, job.console, Trackers(trackers, job.console.say),
               job.checkpoints, clock, watchdog, job.stop)
+    if job.watcher is not None:
+        run.step_function = job.watcher.watch(step_function, config, done, folder.profile,
+                                              job.console, partial(run.during, "profile"))
     run.best_loss = distributed.from_first(min(
         (loss for loss in job.checkpoints.losses().values() if loss is not None),
         default=float("inf")))

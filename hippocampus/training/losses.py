@@ -47,10 +47,11 @@ def training_loss(model: Any, params: Any, batch: Batch, key: Array,
     for r, segment_weight in enumerate(weights):
         if not segment_weight:
             continue
-        loss, terms = cross_entropy(
-            out["segments.hidden"][r], head, batch.targets_BT, weight_BT,
-            smoothing=loss_config.label_smoothing, z_weight=loss_config.z_weight,
-            backend=loss_config.backend)
+        with jax.named_scope("loss"):
+            loss, terms = cross_entropy(
+                out["segments.hidden"][r], head, batch.targets_BT, weight_BT,
+                smoothing=loss_config.label_smoothing, z_weight=loss_config.z_weight,
+                backend=loss_config.backend)
         total = total + segment_weight * loss
         if r + 1 < len(weights):
             sums[f"nll_segment_{r + 1}"] = terms["nll"]

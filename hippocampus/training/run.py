@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import jax
 from jax.sharding import Mesh
@@ -98,6 +100,14 @@ class Run:
                              f"be skipped, {self.in_a_row} in a row until now: loss "
                              f"{values['train/loss']:.4g}, gradient norm "
                              f"{values['train/grad_norm']:.4g}")
+
+
+class StepWatcher(Protocol):
+    """Something that looks at the steps of a run while they go on (hippocampus.profiling)."""
+
+    def watch(self, step: TrainStep, config: Config, done: int, folder: Path, console: RunConsole,
+              pause: Callable[[], AbstractContextManager]) -> TrainStep:
+        """The step function to run instead; `pause` is a context for time that is not training."""
 
 
 class Interrupted(Exception):

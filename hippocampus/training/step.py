@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from hippocampus import xla_flags
 from hippocampus.config import Config
 from hippocampus.data.batches import Batch
 from hippocampus.training import sharding
@@ -40,17 +41,22 @@ def train_step(model: Any, optimizer: optax.GradientTransformation, config: Conf
         grads, sums = jax.grad(loss, has_aux=True)(params)
         return grads, sums
 
+    # To trace a model takes seconds. Inlined, its shapes and the loop's body share one trace.
+    traced_once = jax.jit(gradients, inline=True)
+
     def accumulate(params: Any, batch: Batch, key: Array) -> tuple[Any, dict[str, Array]]:
         # Every k-th row, not every k-th block: a device's rows stay on the device.
         micro = jax.tree.map(
             lambda a: jnp.swapaxes(a.reshape(a.shape[0] // k, k, *a.shape[1:]), 0, 1), batch)
 
         def add(total: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradients(params, *part)), None
+            found = traced_once(params, *part)
+            with jax.named_scope("optimizer"):
+                return jax.tree.map(jnp.add, total, found), None
 
         keys = jax.random.split(key, k)
         first = jax.tree.map(lambda a: a[0], micro)
-        shapes = jax.eval_shape(gradients, params, first, keys[0])
+        shapes = jax.eval_shape(traced_once, params, first, keys[0])
         zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
         return jax.lax.scan(add, zero, (micro, keys))[0]
 
@@ -58,9 +64,10 @@ def train_step(model: Any, optimizer: optax.GradientTransformation, config: Conf
         key = jax.random.fold_in(state.key, state.step)
         grads, sums = (gradients if k == 1 else accumulate)(state.params, batch, key)
         weight = jnp.maximum(sums.pop("weight"), 1.0)
-        grads = jax.tree.map(lambda g: g / weight, grads)
         means = {name: total / weight for name, total in sums.items()}
-        loss, norm = means.pop("nll"), optax.tree.norm(grads)
+        with jax.named_scope("optimizer"):
+            grads = jax.tree.map(lambda g: g / weight, grads)
+            loss, norm = means.pop("nll"), optax.tree.norm(grads)
         broken = (broken_tokens(batch, config.model.vocab_size) > 0) | ~jnp.isfinite(means["total"])
         skip, guard = judge(state.guard, config.guard, loss, norm, broken)
         metrics = {"train/loss": loss, "train/grad_norm": norm,
@@ -69,16 +76,18 @@ def train_step(model: Any, optimizer: optax.GradientTransformation, config: Conf
                    "train/skipped_in_a_row": guard["in_a_row"].astype(jnp.float32)}
         metrics.update({name if "/" in name else f"train/{name}": value
                         for name, value in means.items()})
-        params, ema, opt_state = unless(skip, update(state, grads),
-                                        (state.params, state.ema, state.opt_state))
+        with jax.named_scope("optimizer"):
+            params, ema, opt_state = unless(skip, update(state, grads),
+                                            (state.params, state.ema, state.opt_state))
         return TrainState(state.step + 1, params, ema, opt_state, state.key, guard), metrics
 
     def update(state: TrainState, grads: Any) -> tuple[Any, Any, optax.OptState]:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params, ema = optax.apply_updates(state.params, updates), state.ema
         if config.ema.decay:
-            mu = ema_decay(config.ema.decay, state.step)
-            ema = jax.tree.map(lambda e, p: mu * e + (1 - mu) * p, ema, params)
+            with jax.named_scope("ema"):
+                mu = ema_decay(config.ema.decay, state.step)
+                ema = jax.tree.map(lambda e, p: mu * e + (1 - mu) * p, ema, params)
         return params, ema, opt_state
 
     return step
@@ -95,8 +104,10 @@ def updates_done(state: TrainState) -> Int[Array, ""]:
 
 def jit_train_step(step: TrainStep, mesh: Mesh, state_shardings: Any) -> TrainStep:
     """The step compiled for a mesh; the old state's buffers become the new state's."""
+    options = xla_flags.compiler_options(mesh.devices.flat[0].platform, mesh.size)
     return jax.jit(sharding.on_mesh(step, mesh), donate_argnums=0,
-                   out_shardings=(state_shardings, sharding.replicated(mesh)))
+                   out_shardings=(state_shardings, sharding.replicated(mesh)),
+                   compiler_options=options or None)
 
 
 def sharded_init(model: Any, optimizer: optax.GradientTransformation, config: Config,

@@ -62,10 +62,11 @@ def spend(clock, time, **seconds):
 def test_every_second_is_put_down_once(time):
     clock = Clock(tiny_run.config(), 1, started=90.0)
     clock.begins()  # ten seconds after the start
-    spend(clock, time, compile=20, training=50, data=1, checkpoint=2, evaluation=3, samples=4)
+    spend(clock, time, compile=20, training=50, data=1, checkpoint=2, evaluation=3, samples=4,
+          profile=6)
     assert clock.account() == pytest.approx({
         "start": 10, "compile": 20, "training": 50, "data": 1, "checkpoint": 2, "evaluation": 3,
-        "samples": 4, "lost": 0})
+        "samples": 4, "profile": 6, "lost": 0})
     row = clock.lap(5)
     assert {name for name in row if name.startswith("time/")} == {f"time/{k}" for k in KINDS}
 

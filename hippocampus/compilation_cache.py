@@ -1,0 +1,70 @@
+"""What XLA has compiled is kept: the second start of a config finds its programs on the disk.
+
+The folder is `$JAX_COMPILATION_CACHE_DIR` where that is set (JAX reads it itself; gs:// works),
+else `$HIPPOCAMPUS_COMPILATION_CACHE`, else ~/.cache/hippocampus/xla; "off" keeps nothing. What lies
+in it is run, so it must belong to this user alone. In it is a folder for each kind of processor,
+because homes are shared by machines, and code for one may not run on another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import platform
+import warnings
+from pathlib import Path
+
+FOLDER = "HIPPOCAMPUS_COMPILATION_CACHE"
+MAX_BYTES = 4 * 2**30
+"""What was used last is kept."""
+
+_MIN_SECONDS = 0.2
+"""Faster compilations are not worth a file."""
+
+
+def use_compilation_cache() -> Path | None:
+    """Makes JAX keep what it compiles, GPU kernels it has timed included.
+
+    Returns:
+      The folder; None where nothing is kept, or JAX was told of a folder before.
+    """
+    import jax
+
+    wanted = os.environ.get(FOLDER, "")
+    if getattr(jax.config, "jax_compilation_cache_dir", None) or wanted == "off":
+        return None
+    folder = Path(wanted or "~/.cache/hippocampus/xla").expanduser() / _processor()
+    if problem := _make_private(folder):
+        warnings.warn(f"compiled programs are not kept in {folder.parent}: {problem}; set {FOLDER} "
+                      "to a folder of yours, or to off", stacklevel=2)
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
+    if importlib.util.find_spec("filelock"):  # without it JAX cannot count what is there
+        jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
+    return folder
+
+
+def _make_private(folder: Path) -> str:
+    """Makes the folder, and says why it must not be used; "" if it may."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for place in (folder.parent, folder):
+            place.mkdir(mode=0o700, exist_ok=True)
+            found = place.stat()
+            if found.st_uid != os.getuid() or found.st_mode & 0o022:
+                return "others can write there"
+    except OSError as error:
+        return error.strerror or str(error)
+    return "" if os.access(folder, os.W_OK) else "it cannot be written"
+
+
+def _processor() -> str:
+    """A name that differs between machines with different instructions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
+    except OSError:
+        lines = []
+    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    return f"{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
