@@ -46,19 +46,19 @@ def main() -> None:
         print(json.dumps(measure(given, overrides)))
         return
     peers = [name for name in given.peer.split(",") if name]
-    results = {part: run_part(part, given.limit) for part in [*peers, "ours"]}
-    good = [r for r in results.values() if isinstance(r, dict)]
-    if not good:
-        sys.exit("\n".join(f"{part}: {error}" for part, error in results.items()))
-    per_token = good[0]["seconds"] / good[0]["tokens"]
-    table = Table(f"one training step of {good[0]['tokens']:,} tokens", good[0]["what"],
-                  hardware=next((r["hardware"] for r in good if "hardware" in r), ""))
-    for part, found in results.items():
+    table, first = None, None
+    for part in [*peers[:1], "ours", *peers[1:]]:
+        found = run_part(part, given.limit)
         if isinstance(found, str):
-            table.fail(part, RuntimeError(found))
+            print(f"{part} failed: {found}", flush=True)
             continue
-        table.add(found["what"], found["seconds"], peer=per_token * found["tokens"],
-                  floor=found["floor"], note=f"{found['tokens'] / found['seconds']:,.0f} tokens/s, "
+        per_token = found["seconds"] / found["tokens"]
+        if table is None or first is None:
+            table = Table(f"one training step of {found['tokens']:,} tokens", found["what"],
+                          hardware=found["hardware"])
+            first = per_token
+        table.add(found["what"], found["seconds"], peer=first * found["tokens"],
+                  floor=found["floor"], note=f"{1 / per_token:,.0f} tokens/s, "
                   f"{found['parameters']:,} parameters, {found['note']}")
 
 
@@ -88,9 +88,9 @@ def measure(given: argparse.Namespace, overrides: dict[str, str]) -> dict[str, A
 
 
 def result(what: str, seconds: float, tokens: int, parameters: int, flops_per_token: float,
-           peak: float, note: str) -> dict[str, Any]:
+           peak: float, note: str, hardware: str = "") -> dict[str, Any]:
     """One line; `floor` is the time at the device's peak."""
-    return {"what": what, "seconds": seconds, "tokens": tokens, "parameters": parameters,
+    return {"what": what, "hardware": hardware or this_hardware(), "seconds": seconds, "tokens": tokens, "parameters": parameters,
             "floor": tokens * flops_per_token / peak if peak else None, "note": note}
 
 
@@ -131,8 +131,8 @@ def ours(config: Any) -> dict[str, Any]:
             + memory.output_size_in_bytes - memory.alias_size_in_bytes)
     note = f"{size / 2**30:.1f} GiB a device" + (f", {k} micro-batches" if k > 1 else "")
     peak = choose(this_device()).peak_flops * mesh.size
-    return {**result(f"hippocampus {config.name}", seconds, B * T, count_parameters(model),
-                     training_flops_per_token(config), peak, note), "hardware": this_hardware()}
+    return result(f"hippocampus {config.name}", seconds, B * T, count_parameters(model),
+                  training_flops_per_token(config), peak, note)
 
 
 def gpt2_flops(shape: dict[str, int]) -> float:
@@ -206,7 +206,8 @@ def torch_gpt2(shape: dict[str, int]) -> dict[str, Any]:
     name = f"torch {torch.__version__}"
     return result(f"GPT-2, {name}{', compiled' if device == 'cuda' else ''}", seconds, B * T,
                   sum(p.numel() for p in model.parameters()), gpt2_flops(shape), _peak(),
-                  f"{memory / 2**30:.1f} GiB")
+                  f"{memory / 2**30:.1f} GiB",
+                  f"1 x {torch.cuda.get_device_name()}" if device == "cuda" else "")
 
 
 def jax_gpt2(shape: dict[str, int]) -> dict[str, Any]:
@@ -270,8 +271,8 @@ def jax_gpt2(shape: dict[str, int]) -> dict[str, Any]:
 
     seconds = median_seconds(run, batch_seconds=1.0, warm_up=3)
     peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
-    return {**result("GPT-2, minimal Flax", seconds, B * T, parameters, gpt2_flops(shape), _peak(),
-                     f"{peak / 2**30:.1f} GiB"), "hardware": this_hardware()}
+    return result("GPT-2, minimal Flax", seconds, B * T, parameters, gpt2_flops(shape), _peak(),
+                  f"{peak / 2**30:.1f} GiB")
 
 
 def _peak() -> float:
