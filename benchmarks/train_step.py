@@ -90,8 +90,9 @@ def measure(given: argparse.Namespace, overrides: dict[str, str]) -> dict[str, A
 def result(what: str, seconds: float, tokens: int, parameters: int, flops_per_token: float,
            peak: float, note: str, hardware: str = "") -> dict[str, Any]:
     """One line; `floor` is the time at the device's peak."""
-    return {"what": what, "hardware": hardware or this_hardware(), "seconds": seconds, "tokens": tokens, "parameters": parameters,
-            "floor": tokens * flops_per_token / peak if peak else None, "note": note}
+    return {"what": what, "hardware": hardware or this_hardware(), "seconds": seconds,
+            "tokens": tokens, "parameters": parameters, "note": note,
+            "floor": tokens * flops_per_token / peak if peak else None}
 
 
 def ours(config: Any) -> dict[str, Any]:
