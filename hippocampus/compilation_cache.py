@@ -49,7 +49,7 @@ def use_compilation_cache() -> Path | None:
 def _make_private(folder: Path) -> str:
     """Makes the folder, and says why it must not be used; "" if it may."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.parent.parent.mkdir(parents=True, exist_ok=True)
         for place in (folder.parent, folder):
             place.mkdir(mode=0o700, exist_ok=True)
             found = place.stat()

@@ -76,8 +76,7 @@ class HybridLM(nn.Module):
                                           (cfg.max_length, cfg.d_model))
         if not cfg.tie_embeddings:
             self.param("head", table, shape)
-        self.layer_params = [self.param(f"layers_{i}", self._init_layer, spec)
-                             for i, spec in enumerate(self.specs)]
+        self.layer_params = [self._layer(f"layers_{i}", spec) for i, spec in enumerate(self.specs)]
         self.reasoner = SegmentReasoner(cfg, self.dtype, self.edit)
         self.norm_out = RMSNorm(cfg.norm_epsilon, self.dtype)
         if self.flow_width:
@@ -275,6 +274,15 @@ class HybridLM(nn.Module):
         rows_BTE = embed(self.embedding_VE, tokens_BT).astype(self.dtype)
         x_BTE = rows_BTE * jnp.asarray(rows_BTE.shape[-1]**0.5, self.dtype)
         return self.embedding_up(x_BTE) if self.config.embedding_width else x_BTE
+
+    def _layer(self, name: str, spec: BlockSpec) -> Any:
+        """The parameters of a layer, made where they are missing.
+
+        `self.param` would trace how every layer is made, to compare shapes that the layer compares.
+        """
+        if self.has_variable("params", name):
+            return self.get_variable("params", name)
+        return self.param(name, self._init_layer, spec)
 
     def _init_layer(self, key: Array, spec: BlockSpec) -> dict:
         block = HybridBlock(self.config, spec, self.dtype, parent=None)

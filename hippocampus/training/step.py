@@ -57,7 +57,8 @@ def train_step(model: Any, optimizer: optax.GradientTransformation, config: Conf
         keys = jax.random.split(key, k)
         first = jax.tree.map(lambda a: a[0], micro)
         shapes = jax.eval_shape(traced_once, params, first, keys[0])
-        zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        with jax.named_scope("optimizer"):
+            zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
         return jax.lax.scan(add, zero, (micro, keys))[0]
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

@@ -1,20 +1,32 @@
 """`--profile` on a real run: the table comes from a trace that JAX has written."""
 
 import json
+from pathlib import Path
 
 import pytest
 import tiny_run
+
 from hippocampus.errors import ConfigError, DataError
 from hippocampus.profiling.components import COMPONENTS
 from hippocampus.profiling.profiler import Profiler
 from hippocampus.profiling.trace import read_trace
 from hippocampus.training.loop import fit
 
+CHANGES = {"train__steps": 6, "model__d_model": 32, "train__grad_accumulation": 2}
+
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    config = tiny_run.config(train__steps=6, model__d_model=32, train__grad_accumulation=2)
-    return fit(config, tmp_path_factory.mktemp("profiled") / "run", watcher=Profiler(2))
+def done(tmp_path_factory):
+    command = tiny_run.command(tmp_path_factory.mktemp("profiled") / "run", **CHANGES)
+    done = tiny_run.run([*command, "--profile=2"])
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def folder(done):
+    return Path(next(argument for argument in done.args
+                     if argument.startswith("--workdir=")).removeprefix("--workdir="))
 
 
 @pytest.fixture(scope="module")
@@ -35,23 +47,27 @@ def test_what_a_step_does_is_found_by_name(profile):
     for name in ("attention", "mlp", "mixer", "norms and residual", "loss", "optimizer"):
         assert seconds[name] > 0
     assert seconds["ssm"] == seconds["hopfield"] == seconds["collectives"] == 0
-    assert seconds["other"] < 0.15 * sum(seconds.values())
+    assert seconds["other"] < 0.3 * sum(seconds.values())
     backward = {part["name"]: part["backward"] for part in profile["components"]}
     assert backward["attention"] > 0 and backward["optimizer"] == 0
 
 
 def test_the_run_goes_on_and_its_trace_stays(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["step"] == 6
-    assert rows[-1]["time/profile"] > 0
+    last = [row for row in rows if "time/profile" in row][-1]
+    assert last["step"] == 6 and last["time/profile"] > 0
     assert list((folder / "profile").glob("plugins/profile/*/*.trace.json.gz"))
     assert read_trace(folder / "profile")
 
 
 def test_profiling_changes_no_number(folder, tmp_path):
-    plain = fit(tiny_run.config(train__steps=6, model__d_model=32, train__grad_accumulation=2),
-                tmp_path / "run")
+    plain = fit(tiny_run.config(**CHANGES), tmp_path / "run")
     assert tiny_run.series(plain) == tiny_run.series(folder)
+
+
+def test_the_table_is_printed(done):
+    assert "mean of 2" in done.stdout and "idle between steps" in done.stdout
+    assert "warning" not in done.stdout + done.stderr
 
 
 def test_a_run_that_is_too_short_says_so(tmp_path):
