@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from hippocampus.config import Config
 from hippocampus.devices import Device, resolve
@@ -32,8 +34,16 @@ def build_model(config: Config, device: Device | None = None) -> HybridLM:
 @functools.lru_cache(maxsize=8)
 def parameter_shapes(model: HybridLM) -> Any:
     """The parameter tree as `jax.ShapeDtypeStruct`s; nothing is computed."""
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    return jax.eval_shape(initialise(model), jax.random.key(0))
+
+
+@functools.lru_cache(maxsize=8)
+def initialise(model: HybridLM) -> Callable[[Array], Any]:
+    """A function key -> the first parameters, which is traced once in a process."""
+    def parameters(key: Array) -> Any:
+        return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+    return jax.jit(parameters, inline=True)
 
 
 def count_parameters(model: HybridLM) -> int:

@@ -6,6 +6,7 @@ stacks the trees of a run of equal layers at this one border and unstacks what c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
@@ -43,12 +44,16 @@ def run_layers(
       x_BTD, and the layers' `out` under "layers.<i>.<name>".
     """
     out: dict[str, Array] = {}
-    for start, stop in _runs(specs, scan):
-        spec = specs[start]
 
-        def body(x: Array, layer: tuple[Params, Any], spec: Any = spec) -> tuple[Array, dict]:
+    @functools.cache  # layers that are alike share one trace, which takes seconds for them all
+    def body_of(spec: Any) -> Any:
+        def body(x: Array, layer: tuple[Params, Any]) -> tuple[Array, dict]:
             return apply_layer(spec, layer[0], x, layer[1])
 
+        return jax.jit(body, inline=True)
+
+    for start, stop in _runs(specs, scan):
+        body = body_of(specs[start])
         if remat != "none":
             body = jax.checkpoint(body, policy=_REMAT_POLICIES[remat],
                                   prevent_cse=stop - start == 1)

@@ -170,7 +170,8 @@ def _timeline(device: DeviceTrace, program: str, known: Mapping[str, Origin],
 
     def belongs(event: Event) -> bool:
         return bool(event.instruction) and (
-            event.module == program if event.module else event.instruction in known)
+            event.module.partition("(")[0] == program if event.module
+            else event.instruction in known)
 
     return share_out(events, belongs, steps) if any(map(belongs, events)) else None
 

@@ -11,6 +11,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from hippocampus.config import Config, GuardConfig
+from hippocampus.models.build_model import initialise
 from hippocampus.training.guard import Guard, first_guard, zeros_like
 
 
@@ -60,8 +61,7 @@ class TrainState:
 def init_state(model: Any, optimizer: optax.GradientTransformation, config: Config) -> TrainState:
     """The state before the first step; a pure function of `train.seed`."""
     key_params, key_run = jax.random.split(jax.random.key(config.train.seed))
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    params = model.init(key_params, tokens)["params"]
+    params = initialise(model)(key_params)
     # A copy: the step donates its buffers, and no buffer may be donated twice.
     ema = jax.tree.map(jnp.copy, params) if config.ema.decay else {}
     return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), key_run,
