@@ -8,8 +8,8 @@ because homes are shared by machines, and code for one may not run on another.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import importlib.util
 import os
 import platform
 import warnings
@@ -39,10 +39,10 @@ def use_compilation_cache() -> Path | None:
         warnings.warn(f"compiled programs are not kept in {folder.parent}: {problem}; set {FOLDER} "
                       "to a folder of yours, or to off", stacklevel=2)
         return None
+    _drop_unfinished(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
-    if importlib.util.find_spec("filelock"):  # without it JAX cannot count what is there
-        jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
+    jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
     return folder
 
 
@@ -58,6 +58,17 @@ def _make_private(folder: Path) -> str:
     except OSError as error:
         return error.strerror or str(error)
     return "" if os.access(folder, os.W_OK) else "it cannot be written"
+
+
+def _drop_unfinished(folder: Path) -> None:
+    """Removes what a killed process left half written: JAX would read it again and again.
+
+    An entry is whole when its time of use stands beside it, which JAX writes last.
+    """
+    for entry in folder.glob("*-cache"):
+        if not entry.with_name(entry.name.removesuffix("-cache") + "-atime").exists():
+            with contextlib.suppress(OSError):
+                entry.unlink()
 
 
 def _processor() -> str:

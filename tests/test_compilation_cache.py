@@ -42,6 +42,16 @@ def test_a_second_process_finds_what_the_first_one_compiled(tmp_path):
     assert hit not in outputs[0] and hit in outputs[1]
 
 
+def test_what_a_killed_process_left_half_written_is_removed(unset, tmp_path):
+    unset.setenv(FOLDER, str(tmp_path / "kept"))
+    folder = use_compilation_cache()
+    for name in ("whole-cache", "whole-atime", "half-cache"):
+        (folder / name).write_bytes(b"x")
+    jax.config.update("jax_compilation_cache_dir", None)
+    assert use_compilation_cache() == folder
+    assert sorted(path.name for path in folder.iterdir()) == ["whole-atime", "whole-cache"]
+
+
 def test_it_is_off_where_asked_and_never_takes_anothers_place(unset, tmp_path):
     unset.setenv(FOLDER, "off")
     assert use_compilation_cache() is None
