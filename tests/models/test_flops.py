@@ -6,7 +6,7 @@ import pytest
 
 from hippocampus.data.batches import Batch
 from hippocampus.models.build_model import build_model, parameter_shapes
-from hippocampus.models.flops import training_flops_per_token
+from hippocampus.models.flops import training_flops_by_component, training_flops_per_token
 
 ATTENTION = {"model.paths": ("attention",), "model.segments.train": 1}
 
@@ -20,6 +20,14 @@ def test_attention_alone_is_what_one_counts_by_hand(tiny_config):
     gate = D * mixer + mixer * 1
     forward = 2 * (L * (projections + scores_and_values + swiglu + gate) + padded * D)
     assert training_flops_per_token(config) == 3 * forward
+
+
+def test_every_part_is_counted_where_it_is_done(tiny_config):
+    parts = training_flops_by_component(tiny_config({**ATTENTION, "model.mlp.width": 48}))
+    assert parts == {
+        "ssm": 0, "hopfield": 0, "attention": 3 * 2 * 2 * (4 * 16 * 16 + 16 * 25),
+        "mixer": 3 * 2 * 2 * (16 * 8 + 8), "mlp": 3 * 2 * 2 * 3 * 16 * 48, "controller": 0,
+        "loss": 3 * 2 * 128 * 16, "embedding": 0}
 
 
 def test_a_second_pass_doubles_the_layers(tiny_config):
