@@ -34,8 +34,10 @@ def attention(
         not take runs on XLA.
 
     Returns:
-      o_BTHd in the dtype of `q_BTHd`; scores and softmax are float32. Under a mesh that cuts the
-      time axis every device gathers all keys and values and answers its own queries.
+      o_BTHd in the dtype of `q_BTHd`; scores and softmax are float32. Cost and memory grow with
+      T window where there is a window, else with T^2 (cuDNN: its cost only). Under a mesh that
+      cuts the time axis every device answers its own queries: with a window no longer than its
+      own tokens from the last ones of the device before, else from gathered keys and values.
 
     Raises:
       ConfigError: an unknown backend.
@@ -56,11 +58,51 @@ def attention(
         return placement.map_local(
             functools.partial(attention_tpu.attention, window=window, scale=scale),
             arrays, (whole, whole, whole, ("batch", None)), whole)
-    mask = None if document_ids is None else same_document(document_ids)[:, None]
+    return _attend(q_BTHd, k_BTGd, v_BTGd, document_ids, window=window, scale=scale,
+                   backend=backend)
+
+
+def _attend(q: Array, k: Array, v: Array, ids: Array | None, *, window: int,
+            scale: float | None, backend: str) -> Array:
+    """Attention to keys that are all at hand."""
+    implementation = _implementation(backend, q)
+    # Without a mask cuDNN skips by itself what lies before the window; a mask is T x T there.
+    if 0 < 2 * window < q.shape[1] and (implementation == "xla" or ids is not None):
+        return _attend_in_blocks(q, k, v, ids, window=window, scale=scale, backend=backend)
+    mask = None if ids is None else same_document(ids)[:, None]
     return jax.nn.dot_product_attention(
-        q_BTHd, k_BTGd, v_BTGd, mask=mask, scale=scale, is_causal=True,
-        local_window_size=(window - 1, 0) if window else None,
-        implementation=_implementation(backend, q_BTHd))
+        q, k, v, mask=mask, scale=scale, is_causal=True,
+        local_window_size=(window - 1, 0) if window else None, implementation=implementation)
+
+
+def _attend_in_blocks(q: Array, k: Array, v: Array, ids: Array | None, *, window: int,
+                      scale: float | None, backend: str) -> Array:
+    """Blocks of `window` queries see their own and the previous block: T x 2 window scores."""
+    B, T = q.shape[:2]
+    n = -(-T // window)
+
+    def blocks(array: Array) -> Array:  # B,T,… -> B,n,window,…; nothing sees what is added behind
+        behind = [(0, 0)] * array.ndim
+        behind[1] = (0, n * window - T)
+        return jnp.pad(array, behind).reshape(B, n, window, *array.shape[2:])
+
+    def with_previous(array: Array) -> Array:  # B,n,window,… -> B,n,2 window,…
+        before = jnp.concatenate([jnp.zeros_like(array[:, :1]), array[:, :-1]], axis=1)
+        return jnp.concatenate([before, array], axis=2)
+
+    q, k, v = blocks(q), with_previous(blocks(k)), with_previous(blocks(v))
+    t = window + jnp.arange(window)[:, None]
+    s = jnp.arange(2 * window)
+    first = jnp.arange(n)[:, None, None] == 0
+    mask = ((s <= t) & (s > t - window) & ~(first & (s < window)))[None]
+    if ids is not None:
+        own = blocks(ids)
+        mask = mask & (own[..., None] == with_previous(own)[:, :, None])
+    mask = jnp.broadcast_to(mask, (B, n, window, 2 * window))
+    q, k, v, mask = (x.reshape(B * n, *x.shape[2:]) for x in (q, k, v, mask))
+    o = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale,
+                                     implementation=_implementation(backend, q))
+    return o.reshape(B, n * window, *o.shape[2:])[:, :T]
 
 
 def _implementation(backend: str, q: Array) -> Literal["xla", "cudnn"]:
@@ -73,7 +115,9 @@ def _implementation(backend: str, q: Array) -> Literal["xla", "cudnn"]:
 
 def _own_queries(q: Array, k: Array, v: Array, ids: Array | None, *, window: int,
                  scale: float | None, backend: str) -> Array:
-    """Attention of one device's queries to the keys and values of all devices."""
+    """Attention of one device's queries to all keys and values that they may see."""
+    if 0 < window <= q.shape[1]:
+        return _with_neighbour(q, k, v, ids, window=window, scale=scale, backend=backend)
     gather = functools.partial(jax.lax.all_gather, axis_name=SEQUENCE, axis=1, tiled=True)
     k, v = gather(k), gather(v)
     t = jax.lax.axis_index(SEQUENCE) * q.shape[1] + jnp.arange(q.shape[1])[:, None]
@@ -86,6 +130,30 @@ def _own_queries(q: Array, k: Array, v: Array, ids: Array | None, *, window: int
         mask = mask & (ids[:, :, None] == gather(ids)[:, None, :])
     return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale,
                                         implementation=_implementation(backend, q))
+
+
+def _with_neighbour(q: Array, k: Array, v: Array, ids: Array | None, *, window: int,
+                    scale: float | None, backend: str) -> Array:
+    """A window reaches back to the device before this one at most: its last tokens are enough.
+
+    The first device has nothing before it. There the neighbour's place is behind the own tokens,
+    where a causal query does not look, so that no mask is needed.
+    """
+    first = jax.lax.axis_index(SEQUENCE) == 0
+    follows = [(i, i + 1) for i in range(jax.lax.axis_size(SEQUENCE) - 1)]
+
+    def place(own: Array, past: Array) -> Array:
+        return jnp.where(first, jnp.concatenate([own, past], axis=1),
+                         jnp.concatenate([past, own], axis=1))
+
+    def with_past(own: Array) -> Array:
+        return place(own, jax.lax.ppermute(own[:, -window:], SEQUENCE, follows))
+
+    # The neighbour answers its own queries: zeros keep the lengths of queries and keys equal.
+    o = _attend(place(q, jnp.zeros_like(q[:, -window:])), with_past(k), with_past(v),
+                None if ids is None else with_past(ids), window=window, scale=scale,
+                backend=backend)
+    return jax.lax.dynamic_slice_in_dim(o, jnp.where(first, 0, window), q.shape[1], axis=1)
 
 
 def same_document(document_ids_BT: Int[Array, "B T"]) -> Bool[Array, "B T T"]:

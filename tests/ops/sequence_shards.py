@@ -49,10 +49,10 @@ def ops() -> dict[str, tuple[Callable, tuple]]:
         q, k, v = (normal(B, T, n, WIDTH, dtype=dtype) for n in (H, G, G))
         keys, slots = normal(B, T, H, WIDTH, dtype=dtype), normal(SLOTS, H, WIDTH)
         beta = jnp.exp(0.1 * normal(H))
-        for window in (0, 3, 9):
+        for window, documents in ((0, None), (2, None), (3, ids), (8, ids), (9, ids)):
             cases[f"attention, window {window}, {name}"] = (
-                lambda q, k, v, w=window: attention.attention(
-                    q, k, v, window=w, document_ids=ids if w else None), (q, k, v))
+                lambda q, k, v, w=window, i=documents: attention.attention(
+                    q, k, v, window=w, document_ids=i), (q, k, v))
 
         def twice(xi: Any, keys: Any, slots: Any, beta: Any) -> Any:
             for alpha in (0.5, 1.0):

@@ -22,6 +22,8 @@ CASES = {
     "window": {"window": 3},
     "window of one": {"window": 1},
     "window in documents": {"window": 3, "document_ids": IDS},
+    "window beside a rest": {"window": 4, "document_ids": IDS},
+    "window of more than half": {"window": 5, "document_ids": IDS},
     "scale": {"scale": 2.5},
 }
 
@@ -104,6 +106,18 @@ def test_very_large_scores_stay_finite():
 def test_same_document_is_equality_of_ids():
     same = np.asarray(same_document(jnp.asarray(IDS)))
     assert (same == (IDS[:, :, None] == IDS[:, None, :])).all()
+
+
+def test_a_windows_scores_and_their_gradients_grow_with_the_window_not_with_the_length():
+    B, T, H, d, window = 1, 4096, 1, 8, 64
+
+    def loss(q, ids):
+        return attention(q, q, q, window=window, document_ids=ids).sum()
+
+    for ids in (None, jax.ShapeDtypeStruct((B, T), jnp.int32)):
+        memory = jax.jit(jax.grad(loss)).lower(
+            jax.ShapeDtypeStruct((B, T, H, d), jnp.float32), ids).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < T * T  # a quarter of the scores, which are float32
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones():
