@@ -218,7 +218,8 @@ class LossConfig:
     label_smoothing: float = _setting(0.0, "share of the target spread over the vocabulary",
                                       low=0, below=1)
     z_weight: float = _setting(0.0, "weight of logsumexp(logits)^2", low=0, high=1e6)
-    backend: str = _setting("auto", "cross_entropy backend", choices=("auto", "full", "chunked"))
+    backend: str = _setting("auto", "cross_entropy backend",
+                            choices=("auto", "full", "chunked", "fused"))
     rectified_flow: RectifiedFlowConfig = _group(RectifiedFlowConfig)
 
 

@@ -156,7 +156,7 @@ def resolve(config: Config, device: Device | None = None,
         "model.compute_dtype": (model.compute_dtype, choice.compute_dtype),
         "model.attention.backend": (model.attention.backend, choice.attention),
         "model.ssm.backend": (model.ssm.backend, choice.scan),
-        "loss.backend": (config.loss.backend, _loss_backend(model.vocab_size)),
+        "loss.backend": (config.loss.backend, _loss_backend(model.vocab_size, device)),
     }
     decided = tuple(name for name, (asked, _) in values.items()
                     if asked == "auto" or name in automatic)
@@ -166,6 +166,9 @@ def resolve(config: Config, device: Device | None = None,
         raise ConfigError(
             f"model.attention.backend is {attention} on {device.kind or device.platform}",
             f"{_FUSED_ATTENTION[attention]}; use auto or xla")
+    if final["loss.backend"] == "fused" and not _is_hopper(device):
+        raise ConfigError(f"loss.backend is fused on {device.kind or device.platform}",
+                          "its kernel is for NVIDIA Hopper; use auto or chunked")
     model = dataclasses.replace(
         model, compute_dtype=final["model.compute_dtype"],
         attention=dataclasses.replace(model.attention, backend=attention),
@@ -195,6 +198,13 @@ def check_deterministic(config: Config) -> None:
                           "set it before JAX is imported; python -m hippocampus.train does")
 
 
-def _loss_backend(vocab_size: int) -> str:
+def _loss_backend(vocab_size: int, device: Device) -> str:
     """Whole logits are the fastest while they are small; a word vocabulary would not fit."""
-    return "full" if vocab_size <= 8192 else "chunked"
+    if vocab_size <= 8192:
+        return "full"
+    return "fused" if _is_hopper(device) else "chunked"
+
+
+def _is_hopper(device: Device) -> bool:
+    """Later NVIDIA GPUs do not run Hopper's kernels."""
+    return device.platform == "gpu" and 9.0 <= device.compute_capability < 10.0

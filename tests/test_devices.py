@@ -126,11 +126,21 @@ def test_cudnn_is_taken_where_there_is_one():
     assert resolve(asked, A100)[0].model.attention.backend == "cudnn"
 
 
-@pytest.mark.parametrize(("vocab_size", "backend"), [(256, "full"), (8192, "full"),
-                                                     (8193, "chunked"), (32_000, "chunked")])
-def test_loss_of_a_large_vocabulary_is_chunked(vocab_size, backend):
+@pytest.mark.parametrize(("vocab_size", "device", "backend"), [
+    (256, CPU, "full"), (8192, CPU, "full"), (8193, CPU, "chunked"), (32_000, CPU, "chunked"),
+    (8192, H100, "full"), (8193, H100, "fused"), (32_000, A100, "chunked"),
+    (32_000, Device("gpu", "NVIDIA B200", 10.0), "chunked"), (32_000, V5E, "chunked")])
+def test_loss_of_a_large_vocabulary_is_chunked_and_on_hopper_fused(vocab_size, device, backend):
     config = load_config(defaults(), {"model.vocab_size": vocab_size})
-    assert resolve(config, CPU)[0].loss.backend == backend
+    assert resolve(config, device)[0].loss.backend == backend
+
+
+@pytest.mark.parametrize("device", [CPU, A100, V5E, Device("gpu", "NVIDIA B200", 10.0)])
+def test_a_fused_loss_is_refused_where_its_kernel_does_not_run(device):
+    asked = load_config(defaults(), {"loss.backend": "fused"})
+    with pytest.raises(ConfigError, match=r"^loss\.backend is fused on "):
+        resolve(asked, device)
+    assert resolve(asked, H100)[0].loss.backend == "fused"
 
 
 def test_position_table_gets_a_row_per_token_of_the_context():

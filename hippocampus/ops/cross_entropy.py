@@ -6,14 +6,18 @@ The chunked form never holds the logits of a whole batch. It forms the gradient 
     d loss / d logits = w ((1 + 2 z log Z) p - (1 - eps) onehot(target) - eps / V)
 
 needs nothing but the logits, so a chunk's three matrix products (logits, d hidden, d head) are
-done together and only the two gradients are kept.
+done together and only the two gradients are kept. They are taken from ratios to the target's
+probability (`logit_ratios`), which one pass over the logits gives; should a token's loss be beyond
+the range of a ratio, all is done again by the formula above (`_direct`), which has no such limit.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +26,17 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from hippocampus.errors import ConfigError
+from hippocampus.ops import logit_ratios
 
-BACKENDS = ("full", "chunked")
+BACKENDS = ("full", "chunked", "fused")
 _CHUNK_LOGITS = 2**27
 """Logits in a chunk on one device: 512 MiB in float32."""
+_FUSED_LOGITS = 9 * 2**26
+"""The same where a kernel keeps two bytes of each: 1.1 GiB."""
+_FUSED_TOKENS = 8192
+"""Most tokens of such a chunk; more are not faster."""
+_TILE = 128
+"""Tokens in a tile of a matrix product: a chunk has whole tiles where it has that many."""
 _ROWS = ("data", "fsdp")
 _TIME = "sequence"
 
@@ -82,8 +93,11 @@ def cross_entropy(
       weight_BT: weight per token; 0 = not counted.
       smoothing: eps.
       z_weight: weight of the squared log-partition function.
-      backend: "full" (all logits at once, differentiated by JAX) or "chunked" (some time steps
-        at a time, with the gradient formed in the same pass: memory does not grow with B T V).
+      backend: "full" (all logits at once, differentiated by JAX), "chunked" (some time steps
+        at a time, with the gradient formed in the same pass: memory does not grow with B T V) or
+        "fused" (as chunked, and on NVIDIA Hopper a kernel keeps the logits on the chip; elsewhere,
+        and for what the kernel does not know - a bias, a softcap, a table spread over devices -
+        it is "chunked").
 
     Returns:
       The loss, differentiable once, and its terms {"nll", "smoothing", "z"}: unscaled sums of
@@ -98,8 +112,9 @@ def cross_entropy(
     if backend not in BACKENDS:
         raise ConfigError(f"cross_entropy backend is {backend!r}", f"known: {', '.join(BACKENDS)}")
     hidden, head = head.narrow(hidden_BTD), dataclasses.replace(head, down_DE=None)
-    if backend == "chunked":
-        loss, terms_BT = _one_pass(smoothing, z_weight, head, hidden, targets_BT, weight_BT)
+    if backend != "full":
+        loss, terms_BT = _one_pass(Settings(smoothing, z_weight, backend == "fused"), head, hidden,
+                                   targets_BT, weight_BT)
     else:
         loss_BT, terms_BT = _token_terms(head.logits(hidden), head, targets_BT, smoothing, z_weight)
         loss = (weight_BT * loss_BT).sum()
@@ -141,12 +156,21 @@ def _token_terms(logits: Array, head: Head, targets: Array, smoothing: float,
     return loss, terms
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _one_pass(smoothing: float, z_weight: float, head: Head, hidden: Array, targets: Array,
+class Settings(NamedTuple):
+    """What of `cross_entropy` is fixed when it is compiled."""
+
+    smoothing: float
+    z_weight: float
+    fused: bool
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _one_pass(settings: Settings, head: Head, hidden: Array, targets: Array,
               weight: Array) -> tuple[Array, dict[str, Array]]:
     """The loss and, per token, its terms, in chunks along time."""
     def chunk_terms(chunk: tuple[Array, Array]) -> tuple[Array, dict[str, Array]]:
-        return _token_terms(head.logits(chunk[0]), head, chunk[1], smoothing, z_weight)
+        return _token_terms(head.logits(chunk[0]), head, chunk[1], settings.smoothing,
+                            settings.z_weight)
 
     chunks = _chunks(len(head.weight_VD), hidden, targets)
     loss, terms = jax.tree.map(functools.partial(_joined, length=targets.shape[1]),
@@ -154,7 +178,7 @@ def _one_pass(smoothing: float, z_weight: float, head: Head, hidden: Array, targ
     return (weight * loss).sum(), terms
 
 
-def _one_pass_forward(smoothing: float, z_weight: float, head: Head, hidden: Array,
+def _one_pass_forward(settings: Settings, head: Head, hidden: Array,
                       targets: Array, weight: Array) -> tuple[Any, tuple]:
     # Chunks mix nothing over batch and time, so every device works through its own tokens, and
     # the head's gradient crosses devices once instead of once a chunk.
@@ -163,7 +187,7 @@ def _one_pass_forward(smoothing: float, z_weight: float, head: Head, hidden: Arr
     low = dataclasses.replace(head, weight_VD=head.weight_VD.astype(hidden.dtype))
 
     def own(head: Head, hidden: Array, targets: Array, weight: Array) -> tuple:
-        per_token, d_hidden, d_head = _gradients(smoothing, z_weight, head, hidden, targets, weight)
+        per_token, d_hidden, d_head = _gradients(settings, head, hidden, targets, weight)
         return per_token, d_hidden, jax.lax.psum(d_head, axes) if axes else d_head
 
     if axes:
@@ -177,8 +201,7 @@ def _one_pass_forward(smoothing: float, z_weight: float, head: Head, hidden: Arr
     return ((weight * loss).sum(), terms), (d_head, d_hidden, loss)
 
 
-def _one_pass_backward(smoothing: float, z_weight: float, saved: tuple,
-                       cotangents: tuple[Array, Any]) -> tuple:
+def _one_pass_backward(settings: Settings, saved: tuple, cotangents: tuple[Array, Any]) -> tuple:
     d_head, d_hidden, d_weight = saved
     g = cotangents[0]
     return (jax.tree.map(lambda a: g * a, d_head), (g * d_hidden).astype(d_hidden.dtype), None,
@@ -188,32 +211,71 @@ def _one_pass_backward(smoothing: float, z_weight: float, saved: tuple,
 _one_pass.defvjp(_one_pass_forward, _one_pass_backward)
 
 
-def _gradients(smoothing: float, z_weight: float, head: Head, hidden: Array, targets: Array,
-               weight: Array) -> tuple[tuple[Array, dict], Array, Head]:
-    """Loss and terms per token, and the gradients of the weighted loss.
+def _gradients(settings: Settings, head: Head, hidden: Array, targets: Array, weight: Array,
+               ) -> tuple[tuple[Array, dict], Array, Head]:
+    """Loss and terms per token, and the gradients of the weighted loss."""
+    arrays = (hidden, targets, weight)
+    direct = functools.partial(_over_chunks, _direct, settings, head, *arrays)
+    if not logit_ratios.suit(head, hidden.dtype, settings.smoothing):
+        return direct()[:3]
+    settings = settings._replace(fused=settings.fused and logit_ratios.has_kernel(head))
+    *found, fit = _over_chunks(_by_ratios, settings, head, *arrays)
+    if settings.smoothing:
+        even = logit_ratios.even_part(head, hidden, weight, n_ids=_n_ids(head),
+                                      smoothing=settings.smoothing)
+        found[2] = jax.tree.map(jnp.add, found[2], even)
+    return jax.lax.cond(fit.all(), lambda: tuple(found), lambda: direct()[:3])
+
+
+def _over_chunks(part: Callable, settings: Settings, head: Head, hidden: Array, targets: Array,
+                 weight: Array) -> tuple[tuple[Array, dict], Array, Head, Array]:
+    """Loss and terms per token, gradients, and whether these are right, a chunk at a time.
 
     Gradients of the logits are rounded to the compute dtype before the two matrix products, as
     every gradient of a matrix product is; the head's is summed over chunks in float32.
     """
     def step(total: Head, chunk: tuple[Array, ...]) -> tuple[Head, tuple]:
-        hidden, targets, weight = chunk
-        logits = head.logits(hidden)
-        loss, terms = _token_terms(logits, head, targets, smoothing, z_weight)
-        d_logits = _logit_gradient(logits, head, targets, weight, smoothing, z_weight)
-        d_low = d_logits.astype(hidden.dtype)
-        d_hidden = jnp.einsum("btv,vd->btd", d_low, head.weight_VD,
-                              preferred_element_type=jnp.float32).astype(hidden.dtype)
-        d_weight = jnp.einsum("btv,btd->vd", d_low, hidden, preferred_element_type=jnp.float32)
-        d_bias = None if head.bias_V is None else d_logits.sum((0, 1))
-        part = dataclasses.replace(head, weight_VD=d_weight, bias_V=d_bias)
-        return jax.tree.map(jnp.add, total, part), ((loss, terms), d_hidden)
+        per_token, d_hidden, d_head, fit = part(settings, head, *chunk)
+        return jax.tree.map(jnp.add, total, d_head), (per_token, d_hidden, fit)
 
     zero = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), head)
-    d_head, per_chunk = jax.lax.scan(
-        step, zero, _chunks(len(head.weight_VD), hidden, targets, weight))
+    chunks = _chunks(len(head.weight_VD), hidden, targets, weight,
+                     fused=settings.fused and part is _by_ratios)
+    d_head, (*per_chunk, fit) = jax.lax.scan(step, zero, chunks)
     per_token, d_hidden = jax.tree.map(
         functools.partial(_joined, length=targets.shape[1]), per_chunk)
-    return per_token, d_hidden, d_head
+    return per_token, d_hidden, d_head, fit
+
+
+def _by_ratios(settings: Settings, head: Head, hidden: Array, targets: Array, weight: Array,
+               ) -> tuple[tuple[Array, dict], Array, Head, Array]:
+    """A chunk of `_over_chunks`: one pass over the logits."""
+    n_ids, smoothing = _n_ids(head), settings.smoothing
+    found, d = logit_ratios.one_pass(head, hidden, targets, weight, n_ids=n_ids,
+                                     smoothing=smoothing, z_weight=settings.z_weight,
+                                     fused=settings.fused)
+    terms = {"nll": found.nll_BT, "z": found.log_z_BT**2}
+    loss = (1 - smoothing) * terms["nll"] + settings.z_weight * terms["z"]
+    if smoothing:
+        terms["smoothing"] = found.log_z_BT - logit_ratios.mean_logit(head, hidden, n_ids)
+        loss = loss + smoothing * terms["smoothing"]
+    d_head = dataclasses.replace(head, weight_VD=d.weight_VD, bias_V=d.bias_V)
+    return (loss, terms), d.hidden_BTD, d_head, found.fits
+
+
+def _direct(settings: Settings, head: Head, hidden: Array, targets: Array, weight: Array,
+            ) -> tuple[tuple[Array, dict], Array, Head, Array]:
+    """A chunk of `_over_chunks`: from the whole softmax, whatever its range."""
+    logits, (smoothing, z_weight, _) = head.logits(hidden), settings
+    per_token = _token_terms(logits, head, targets, smoothing, z_weight)
+    d_logits = _logit_gradient(logits, head, targets, weight, smoothing, z_weight)
+    d_low = d_logits.astype(hidden.dtype)
+    d_hidden = jnp.einsum("btv,vd->btd", d_low, head.weight_VD,
+                          preferred_element_type=jnp.float32).astype(hidden.dtype)
+    d_weight = jnp.einsum("btv,btd->vd", d_low, hidden, preferred_element_type=jnp.float32)
+    d_bias = None if head.bias_V is None else d_logits.sum((0, 1))
+    d_head = dataclasses.replace(head, weight_VD=d_weight, bias_V=d_bias)
+    return per_token, d_hidden, d_head, jnp.bool_(True)
 
 
 def _logit_gradient(logits: Array, head: Head, targets: Array, weight: Array, smoothing: float,
@@ -236,12 +298,19 @@ def _at(logits: Array, targets: Array) -> Array:
     return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
 
 
-def _chunks(rows: int, *arrays: Array) -> tuple[Array, ...]:
+def _chunks(rows: int, *arrays: Array, fused: bool = False) -> tuple[Array, ...]:
     """B,T,… as n,B,t,…: along time, not batch, so a batch-sharded array stays where it is."""
     B, T = arrays[0].shape[:2]
-    most = max(1, min(T, _CHUNK_LOGITS // (rows * B)))
+    tokens = min(_FUSED_TOKENS, _FUSED_LOGITS // rows) if fused else _CHUNK_LOGITS // rows
+    most = max(1, min(T, tokens // B))
+    unit = _TILE // math.gcd(B, _TILE)
+    if unit <= most < T:
+        most -= most % unit
     n = -(-T // most)
     size = -(-T // n)
+    if n > 1 and most % unit == 0:
+        size += -size % unit
+        n = -(-T // size)
 
     def chunks_first(array: Array) -> Array:
         if n == 1:

@@ -13,6 +13,7 @@ import tiny_run
 
 from hippocampus.errors import ConfigError
 from hippocampus.ops import cross_entropy as module
+from hippocampus.ops import logit_ratios
 from hippocampus.ops.cross_entropy import Head, cross_entropy, token_nll
 from hippocampus.testing import assert_close
 
@@ -75,7 +76,7 @@ def value_and_gradients(settings, backend, softcap):
     return run
 
 
-@pytest.mark.parametrize("backend", ["full", "chunked"])
+@pytest.mark.parametrize("backend", ["full", "chunked", "fused"])
 @pytest.mark.parametrize(("settings", "softcap"), [
     ("plain", 0.0), ("smoothing", 0.0), ("z", 0.0), ("all", 0.0), ("all", 3.0)])
 def test_loss_terms_and_gradients_are_those_of_the_formulas(settings, softcap, backend,
@@ -86,7 +87,7 @@ def test_loss_terms_and_gradients_are_those_of_the_formulas(settings, softcap, b
     assert_close(actual, expected, n_operations=B * T * V)
 
 
-@pytest.mark.parametrize("backend", ["full", "chunked"])
+@pytest.mark.parametrize("backend", ["full", "chunked", "fused"])
 def test_rows_that_pad_the_vocabulary_have_no_part_in_anything(backend):
     hidden, weight, *rest = inputs()
     run = value_and_gradients("all", backend, 0.0)
@@ -99,7 +100,7 @@ def test_rows_that_pad_the_vocabulary_have_no_part_in_anything(backend):
     assert np.asarray(plain[2][1])[:V].any()
 
 
-@pytest.mark.parametrize("backend", ["full", "chunked"])
+@pytest.mark.parametrize("backend", ["full", "chunked", "fused"])
 def test_tokens_of_weight_zero_are_not_counted(backend):
     hidden, weight, bias, targets, token_weight = inputs()
     run = value_and_gradients("all", backend, 0.0)
@@ -159,7 +160,7 @@ def test_bfloat16_states_give_float32_logits_and_loss():
     assert_close(loss, expected, dtype=jnp.bfloat16)
 
 
-@pytest.mark.parametrize("backend", ["full", "chunked"])
+@pytest.mark.parametrize("backend", ["full", "chunked", "fused"])
 @pytest.mark.parametrize(("ids", "rows", "length", "softcap"), [
     (V, ROWS, 3, 0.0), (V, ROWS, 1, 30.0), (1, 1, 3, 0.0), (1, 4, 1, 0.0)])
 def test_loss_and_gradients_are_finite_at_logits_of_ten_thousand(backend, ids, rows, length,
@@ -189,16 +190,60 @@ def test_loss_and_gradients_are_finite_at_logits_of_ten_thousand(backend, ids, r
         assert counted[0][1]["nll"] == 0
 
 
+@pytest.mark.parametrize("backend", ["chunked", "fused"])
+@pytest.mark.parametrize("size", [20.0, 60.0, 100.0])
+def test_losses_beyond_the_range_of_a_ratio_have_the_same_gradients(size, backend):
+    hidden, weight, bias, targets, token_weight = inputs()
+    arguments = (size * hidden, weight, bias, targets, token_weight)
+    expected = reference(*arguments, **SETTINGS["all"])
+    nll = np.asarray(token_nll(arguments[0], Head(weight, bias, 0.0, V), targets))
+    assert nll.max() > {20.0: 60, 60.0: 200, 100.0: 400}[size]
+    actual = value_and_gradients("all", backend, 0.0)(*arguments)
+    assert_close(actual, expected, n_operations=size * B * T * V)
+
+
+@pytest.mark.parametrize("largest", [10.0, 50.0])
+def test_ratios_say_when_they_do_not_fit(largest):
+    hidden = jnp.asarray([[[largest], [1.0]]])
+    head = Head(jnp.asarray([[0.0], [1.0], [1.5]]))
+    targets = jnp.zeros((1, 2), jnp.int32)
+    found, _ = logit_ratios.one_pass(head, hidden, targets, jnp.ones((1, 2)), n_ids=3,
+                                     smoothing=0.0, z_weight=0.0, fused=False)
+    assert bool(found.fits) == (largest == 10.0)
+    none, _ = logit_ratios.one_pass(head, hidden * jnp.nan, targets, jnp.ones((1, 2)), n_ids=3,
+                                    smoothing=0.0, z_weight=0.0, fused=False)
+    assert not none.fits
+
+
+def test_a_confident_prediction_keeps_the_digits_of_its_small_loss():
+    """1 - p of 1e-9: log Z - logit would be rounded to 0."""
+    head = Head(jnp.asarray([[20.0], [0.0]]))
+    loss, gradient = jax.value_and_grad(lambda hidden: cross_entropy(
+        hidden, head, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1)), backend="chunked")[0])(
+            jnp.ones((1, 1, 1)))
+    np.testing.assert_allclose(loss, np.log1p(np.exp(-20.0)), rtol=1e-5)
+    np.testing.assert_allclose(gradient[0, 0, 0], -20 * np.exp(-20.0), rtol=1e-5)
+
+
+def test_chunks_are_whole_tiles_of_a_matrix_product_where_they_are_that_long():
+    for B, T, V in ((32, 1024, 50_304), (3, 4096, 32_768), (64, 1000, 50_304)):
+        n, _, size = module._chunks(V, np.zeros((B, T)))[0].shape
+        assert B * size % 128 == 0 and B * size * V <= module._CHUNK_LOGITS
+        assert T <= n * size < T + size
+        longer = module._chunks(V, np.zeros((B, T)), fused=True)[0].shape
+        assert B * longer[2] % 128 == 0 and longer[2] >= size
+
+
 def test_an_unknown_backend_is_refused_with_the_known_ones():
     hidden, weight, _, targets, token_weight = inputs()
-    with pytest.raises(ConfigError, match="full, chunked"):
-        cross_entropy(hidden, Head(weight), targets, token_weight, backend="fused")
+    with pytest.raises(ConfigError, match="full, chunked, fused"):
+        cross_entropy(hidden, Head(weight), targets, token_weight, backend="sparse")
 
 
 def test_a_table_narrower_than_the_states_is_the_product_of_its_two_parts():
     hidden, weight, bias, targets, token_weight = inputs()
     down = np.random.default_rng(1).normal(size=(D, 3)).astype(np.float32)
-    for backend in ("full", "chunked"):
+    for backend in ("full", "chunked", "fused"):
         loss, gradient = jax.value_and_grad(lambda down, backend=backend: cross_entropy(
             hidden, Head(weight[:, :3], bias, 0.0, V, down), targets, token_weight,
             backend=backend)[0])(down)
@@ -239,6 +284,7 @@ EIGHT = """
 import json, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from hippocampus.ops import cross_entropy as module
+from hippocampus.ops import logit_ratios
 from hippocampus.ops.cross_entropy import Head, cross_entropy
 
 module._CHUNK_LOGITS = 64
