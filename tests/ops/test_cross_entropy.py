@@ -78,7 +78,7 @@ def value_and_gradients(settings, backend, softcap):
 
 @pytest.mark.parametrize("backend", ["full", "chunked", "fused"])
 @pytest.mark.parametrize(("settings", "softcap"), [
-    ("plain", 0.0), ("smoothing", 0.0), ("z", 0.0), ("all", 0.0), ("all", 3.0)])
+    ("plain", 0.0), ("smoothing", 0.0), ("z", 0.0), ("all", 0.0), ("z", 3.0), ("all", 3.0)])
 def test_loss_terms_and_gradients_are_those_of_the_formulas(settings, softcap, backend,
                                                             monkeypatch):
     monkeypatch.setattr(module, "_CHUNK_LOGITS", 8 * ROWS)  # chunks of 4, 4 and 3 time steps
