@@ -219,12 +219,16 @@ def _gradients(settings: Settings, head: Head, hidden: Array, targets: Array, we
     if not logit_ratios.suit(head, hidden.dtype, settings.smoothing):
         return direct()[:3]
     settings = settings._replace(fused=settings.fused and logit_ratios.has_kernel(head))
-    *found, fit = _over_chunks(_by_ratios, settings, head, *arrays)
+    per_token, d_hidden, d_head, fit = _over_chunks(_by_ratios, settings, head, *arrays)
     if settings.smoothing:
         even = logit_ratios.even_part(head, hidden, weight, n_ids=_n_ids(head),
                                       smoothing=settings.smoothing)
-        found[2] = jax.tree.map(jnp.add, found[2], even)
-    return jax.lax.cond(fit.all(), lambda: tuple(found), lambda: direct()[:3])
+        d_head = jax.tree.map(jnp.add, d_head, even)
+    # A loop of no turns or one, because a condition would keep the head's gradient twice.
+    _, result = jax.lax.while_loop(lambda state: ~state[0],
+                                   lambda _: (jnp.bool_(True), direct()[:3]),
+                                   (fit.all(), (per_token, d_hidden, d_head)))
+    return result
 
 
 def _over_chunks(part: Callable, settings: Settings, head: Head, hidden: Array, targets: Array,
