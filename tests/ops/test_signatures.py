@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 
-from hippocampus.ops import attention, cross_entropy, hopfield, linear_scan
+from hippocampus.ops import attention, cross_entropy, hopfield, linear_scan, selective_scan
 
 FROZEN = {
     linear_scan.linear_scan:
@@ -19,6 +19,12 @@ FROZEN = {
     hopfield.retrieve:
         "(xi_BTHd, keys_BTHd, slots_SHd, beta_H, *, alpha=1.0, document_ids=None, "
         "backend='xla')",
+    selective_scan.selective_scan:
+        "(u_BTE, delta_BTE, A_EN, B_BTN, C_BTN, D_E=None, *, h0_BEN=None, reset_BT=None, "
+        "backend='chunked')",
+    selective_scan.ssd:
+        "(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H=None, *, chunk=128, h0_BHPN=None, "
+        "reset_BT=None, backend='chunked')",
     hopfield.energy: "(xi_BTHd, keys_BTHd, slots_SHd, beta_H, document_ids=None)",
 }
 

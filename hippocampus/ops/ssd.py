@@ -1,0 +1,233 @@
+"""SSD (Mamba-2): a selective state space with one decay a head, as matrix products of chunks.
+
+With l_t = dt_t A and s_t = l_1 + … + l_t within a chunk, h_0 the state in front of it:
+
+    y_i = sum_{j <= i} exp(s_i - s_j) (C_i B_j) dt_j x_j + exp(s_i) C_i h_0
+    h'  = exp(s_last) h_0 + sum_j exp(s_last - s_j) B_j (dt_j x_j)^T
+
+y is one product of [scores, exp(s) C] and [dt x; h_0]. The gradient needs the same products: with
+z = dt x, what y and h' give to s_i is g_i y_i - z_i dz_i (and <h', dh'> to s_last), so that no sum
+over pairs of tokens is made for it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from hippocampus.errors import ConfigError
+
+_UNROLLED = 16
+"""Chunks whose states are carried on without a loop; a step of a loop costs GPUs a launch."""
+
+
+def ssd(
+    x_BTHP: Float[Array, "B T H P"], dt_BTH: Float[Array, "B T H"], A_H: Float[Array, " H"],
+    B_BTGN: Float[Array, "B T G N"], C_BTGN: Float[Array, "B T G N"],
+    D_H: Float[Array, " H"] | None = None, *, chunk: int = 128,
+    h0_BHPN: Float[Array, "B H P N"] | None = None, reset_BT: Bool[Array, "B T"] | None = None,
+    backend: str = "chunked",
+) -> tuple[Float[Array, "B T H P"], Float[Array, "B H P N"]]:
+    """SSD: h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, then y_t = h_t C_t + D x_t, in each head.
+
+    Args:
+      x_BTHP: inputs; their dtype is that of the matrix products, which sum in float32.
+      dt_BTH: step sizes, positive (after softplus).
+      A_H: rates, negative; one for each head.
+      B_BTGN: how the states take a token in; each of G groups for H / G heads in a row.
+      C_BTGN: how they are read.
+      D_H: of what passes by the states; None = nothing does.
+      chunk: tokens of a chunk ("chunked" only).
+      h0_BHPN: states before the first token; None = zeros.
+      reset_BT: True where a document begins: the states before that token do not count.
+      backend: "chunked" (matrix products) or "sequential" (one step after the other, float32).
+
+    Returns:
+      y_BTHP in the dtype of `x_BTHP`, and the states after the last token (B,H,P,N) in float32.
+      Handed on as `h0_BHPN` they continue the scan.
+
+    Raises:
+      ConfigError: an unknown backend, or heads that groups do not divide.
+
+    Source: Dao & Gu 2024 (arXiv:2405.21060), section 6, listing 1.
+    """
+    (B, T, H, P), (G, N) = x_BTHP.shape, B_BTGN.shape[2:]
+    if backend not in ("chunked", "sequential"):
+        raise ConfigError(f"ssd backend is {backend!r}", "known: chunked, sequential")
+    if H % G:
+        raise ConfigError(f"{H} heads do not share {G} groups", "H must be a multiple of G")
+    f32 = jnp.float32
+    dt = dt_BTH.astype(f32)
+    logs = dt * A_H.astype(f32)
+    h0 = jnp.zeros((B, H, P, N), f32) if h0_BHPN is None else h0_BHPN.astype(f32)
+    reset = None if reset_BT is None else jnp.asarray(reset_BT)
+    if backend == "sequential" or T == 1:
+        y, h = _sequential(x_BTHP, dt, logs, B_BTGN, C_BTGN, h0, reset)
+    else:
+        y, h = _chunked(min(chunk, T), x_BTHP, dt, logs, B_BTGN, C_BTGN, h0, reset)
+    if D_H is not None:
+        y = y + D_H[:, None].astype(f32) * x_BTHP
+    return y.astype(x_BTHP.dtype), h
+
+
+def _sequential(x: Array, dt: Array, logs: Array, B: Array, C: Array, h0: Array,
+                reset: Array | None) -> tuple[Array, Array]:
+    heads = x.shape[2] // B.shape[2]
+    decay = jnp.exp(logs)
+    if reset is not None:
+        decay = jnp.where(reset[..., None], 0.0, decay)
+
+    def step(h: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
+        x, dt, decay, B, C = (part.astype(jnp.float32) for part in token)
+        B, C = jnp.repeat(B, heads, 1), jnp.repeat(C, heads, 1)
+        h = decay[..., None, None] * h + (dt[..., None] * x)[..., None] * B[:, :, None]
+        return h, (h * C[:, :, None]).sum(-1)
+
+    h, y = lax.scan(step, h0, tuple(jnp.swapaxes(v, 0, 1) for v in (x, dt, decay, B, C)))
+    return jnp.swapaxes(y, 0, 1), h
+
+
+def _chunked(size: int, x: Array, dt: Array, logs: Array, B: Array, C: Array, h0: Array,
+             reset: Array | None) -> tuple[Array, Array]:
+    T = x.shape[1]
+
+    def padded(v: Array) -> Array:  # tokens of step size 0 leave the states as they are
+        return jnp.pad(v, ((0, 0), (0, -T % size)) + ((0, 0),) * (v.ndim - 2))
+
+    y, h = _chunks(size, *map(padded, (x, dt, logs, B, C)), jnp.swapaxes(h0, 2, 3),
+                   None if reset is None else padded(reset))
+    return y[:, :T], jnp.swapaxes(h, 2, 3)
+
+
+class _Decays(NamedTuple):
+    """exp of sums of l: from token to token, from before the chunk, to its end, through it."""
+
+    pairs: Array  # B,n,H,i,j; 0 for j > i
+    into: Array  # B,n,H,C
+    out: Array  # B,n,H,C
+    whole: Array  # B,n,H
+
+
+def _decays(size: int, logs: Array, reset: Array | None) -> _Decays:
+    s = jnp.cumsum(_heads_first(size, logs), -1)
+    within = jnp.tril(jnp.ones((size, size), bool))
+    into, out = jnp.exp(s), jnp.exp(s[..., -1:] - s)
+    if reset is not None:
+        document = jnp.cumsum(reset.reshape(reset.shape[0], -1, 1, size), -1)
+        within = within & (document[..., :, None] == document[..., None, :])
+        into = jnp.where(document == 0, into, 0.0)
+        out = jnp.where(document == document[..., -1:], out, 0.0)
+    # The mask comes before exp, which overflows above the diagonal.
+    pairs = jnp.exp(jnp.where(within, s[..., :, None] - s[..., None, :], -jnp.inf))
+    return _Decays(pairs, into, out, into[..., -1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunks(size: int, *arrays: Any) -> tuple[Array, Array]:
+    return _chunks_forward(size, *arrays)[0]
+
+
+def _chunks_forward(size: int, x: Array, dt: Array, logs: Array, B: Array, C: Array, h0: Array,
+                    reset: Array | None) -> tuple[tuple[Array, Array], tuple]:
+    decays = _decays(size, logs, reset)
+    z, Bn, Cn, scores = _chunk_operands(size, x, dt, B, C)
+    ends = _dot(_transpose(_each_head(decays.out, Bn, x)), z)
+    starts, last = _carry(h0, decays.whole, ends)
+    y = _dot(_beside(_each_head(decays.pairs, scores, x), _each_head(decays.into, Cn, x)),
+             _above(z, starts))
+    y = _time_first(y)
+    return (y, last), (x, dt, logs, B, C, reset, starts, last, y)
+
+
+def _chunks_backward(size: int, saved: tuple,
+                     cotangents: tuple[Array, Array]) -> tuple[Array | None, ...]:
+    x, dt, logs, B, C, reset, starts, last, y = saved
+    g, g_last = cotangents
+    decays = _decays(size, logs, reset)
+    z, Bn, Cn, scores = _chunk_operands(size, x, dt, B, C)
+    gn = _heads_first(size, g.astype(x.dtype))
+    fronts = _dot(_transpose(_each_head(decays.into, Cn, x)), gn)
+    behind, dh0 = _carry(g_last, decays.whole, fronts, reverse=True)
+    dz = _time_first(_dot(
+        _beside(_transpose(_each_head(decays.pairs, scores, x)), _each_head(decays.out, Bn, x)),
+        _above(gn, behind)))
+
+    def of_groups(v: Array, decay: Array) -> Array:
+        """The sum over the heads of each group."""
+        v = v.astype(jnp.float32) * decay
+        return v.reshape(*v.shape[:2], B.shape[2], -1, *v.shape[3:]).sum(3)
+
+    # In the dtype of the products, as they are written out: C C + 2 C N numbers a head and chunk.
+    d_operand = jnp.matmul(gn, _transpose(_above(z, starts)))
+    dscores = of_groups(d_operand[..., :size], decays.pairs).astype(x.dtype)
+    dC = _dot(dscores, Bn) + of_groups(d_operand[..., size:], decays.into[..., None])
+    from_end = jnp.matmul(z, _transpose(behind.astype(x.dtype)))
+    dB = _dot(_transpose(dscores), Cn) + of_groups(from_end, decays.out[..., None])
+
+    ds = (g * y).sum(-1) - (x * dt[..., None] * dz).sum(-1)
+    ds = ds.reshape(ds.shape[0], -1, size, ds.shape[-1])
+    after = jnp.concatenate([starts[:, 1:], last[:, None]], 1)
+    dlogs = jnp.cumsum(ds[:, :, ::-1], 2)[:, :, ::-1] + (after * behind).sum((3, 4))[:, :, None]
+    dlogs = dlogs.reshape(logs.shape)
+    if reset is not None:
+        dlogs = jnp.where(reset[..., None], 0.0, dlogs)
+    return ((dz * dt[..., None]).astype(x.dtype), (dz * x).sum(-1), dlogs,
+            _time_first(dB).astype(B.dtype), _time_first(dC).astype(C.dtype), dh0, None)
+
+
+_chunks.defvjp(_chunks_forward, _chunks_backward)
+
+
+def _chunk_operands(size: int, x: Array, dt: Array, B: Array, C: Array) -> tuple[Array, ...]:
+    """z = dt x, B and C of all chunks, and C B^T (B,n,G,i,j)."""
+    z = _heads_first(size, (x * dt[..., None]).astype(x.dtype))
+    Bn, Cn = (_heads_first(size, v.astype(x.dtype)) for v in (B, C))
+    return z, Bn, Cn, _dot(Cn, _transpose(Bn))
+
+
+def _carry(first: Array, whole: Array, ends: Array, *,
+           reverse: bool = False) -> tuple[Array, Array]:
+    """The state in front of every chunk (behind it, if reversed), and the one after all."""
+    def step(h: Array, chunk: tuple[Array, Array]) -> tuple[Array, Array]:
+        return chunk[0][..., None, None] * h + chunk[1], h
+
+    chunks = (jnp.swapaxes(whole, 0, 1), jnp.swapaxes(ends, 0, 1))
+    last, states = lax.scan(step, first, chunks, reverse=reverse, unroll=_UNROLLED)
+    return jnp.swapaxes(states, 0, 1), last
+
+
+def _each_head(decay: Array, shared: Array, like: Array) -> Array:
+    """What a group's heads share (B,n,G,…), times the decays of each head (B,n,H,…)."""
+    heads = jnp.repeat(shared, decay.shape[2] // shared.shape[2], 2)
+    return (decay.reshape(*decay.shape, *(1,) * (heads.ndim - decay.ndim)) * heads).astype(
+        like.dtype)
+
+
+def _heads_first(size: int, v: Array) -> Array:  # B,(n C),H,… -> B,n,H,C,…
+    return jnp.swapaxes(v.reshape(v.shape[0], -1, size, *v.shape[2:]), 2, 3)
+
+
+def _time_first(v: Array) -> Array:  # B,n,H,C,… -> B,(n C),H,…
+    v = jnp.swapaxes(v, 2, 3)
+    return v.reshape(v.shape[0], -1, *v.shape[3:])
+
+
+def _transpose(v: Array) -> Array:
+    return jnp.swapaxes(v, -1, -2)
+
+
+def _dot(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def _beside(a: Array, b: Array) -> Array:
+    return jnp.concatenate([a, b], -1)
+
+
+def _above(a: Array, b: Array) -> Array:
+    return jnp.concatenate([a, b.astype(a.dtype)], -2)
