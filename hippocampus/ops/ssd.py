@@ -157,17 +157,11 @@ def _chunks_backward(size: int, saved: tuple,
         _beside(_transpose(_each_head(decays.pairs, scores, x)), _each_head(decays.out, Bn, x)),
         _above(gn, behind)))
 
-    def of_groups(v: Array, decay: Array) -> Array:
-        """The sum over the heads of each group."""
-        v = v.astype(jnp.float32) * decay
-        return v.reshape(*v.shape[:2], B.shape[2], -1, *v.shape[3:]).sum(3)
-
-    # In the dtype of the products, as they are written out: C C + 2 C N numbers a head and chunk.
-    d_operand = jnp.matmul(gn, _transpose(_above(z, starts)))
-    dscores = of_groups(d_operand[..., :size], decays.pairs).astype(x.dtype)
-    dC = _dot(dscores, Bn) + of_groups(d_operand[..., size:], decays.into[..., None])
-    from_end = jnp.matmul(z, _transpose(behind.astype(x.dtype)))
-    dB = _dot(_transpose(dscores), Cn) + of_groups(from_end, decays.out[..., None])
+    pairs = jnp.matmul(gn, _transpose(z)).astype(jnp.float32) * decays.pairs
+    shape = (*pairs.shape[:2], B.shape[2], -1, size, size)
+    dscores = pairs.reshape(shape).sum(3).astype(x.dtype)  # over the heads of each group
+    dC = _dot(dscores, Bn) + _over_heads(decays.into, gn, starts, B.shape[2])
+    dB = _dot(_transpose(dscores), Cn) + _over_heads(decays.out, z, behind, B.shape[2])
 
     ds = (g * y).sum(-1) - (x * dt[..., None] * dz).sum(-1)
     ds = ds.reshape(ds.shape[0], -1, size, ds.shape[-1])
@@ -206,6 +200,13 @@ def _each_head(decay: Array, shared: Array, like: Array) -> Array:
     heads = jnp.repeat(shared, decay.shape[2] // shared.shape[2], 2)
     return (decay.reshape(*decay.shape, *(1,) * (heads.ndim - decay.ndim)) * heads).astype(
         like.dtype)
+
+
+def _over_heads(decay: Array, v: Array, states: Array, groups: int) -> Array:
+    """The sum over heads and channels of each group of decay * v * states (B,n,G,C,N)."""
+    v, states = ((decay[..., None] * v).astype(v.dtype), states.astype(v.dtype))
+    v, states = (a.reshape(*a.shape[:2], groups, -1, *a.shape[3:]) for a in (v, states))
+    return jnp.einsum("bngrcp,bngrsp->bngcs", v, states, preferred_element_type=jnp.float32)
 
 
 def _heads_first(size: int, v: Array) -> Array:  # B,(n C),H,… -> B,n,H,C,…
