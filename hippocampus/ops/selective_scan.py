@@ -188,10 +188,12 @@ def _decays(A2: Array, total: Array, reset: Array) -> Array:
 
 def _carry(first: Array, decays: Array, ends: Array) -> Array:
     """The state in front of every piece (B,K,N,E)."""
-    states = [first]
-    for k in range(ends.shape[1] - 1):
-        states.append(decays[:, k] * states[-1] + ends[:, k])
-    return jnp.stack(states, 1)
+    def step(h: Array, piece: tuple[Array, Array]) -> tuple[Array, Array]:
+        return piece[0] * h + piece[1], h
+
+    pieces = (jnp.swapaxes(decays, 0, 1), jnp.swapaxes(ends, 0, 1))
+    # As a loop every step would be a launch.
+    return jnp.swapaxes(lax.scan(step, first, pieces, unroll=16)[1], 0, 1)
 
 
 def _kernels_backward(schedule: Schedule, interpret: bool, saved: tuple,

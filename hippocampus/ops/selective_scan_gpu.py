@@ -26,6 +26,8 @@ from jaxtyping import Array, Bool, Float
 
 LANES = 128
 """Channels of a block: the threads of a warpgroup."""
+_BLOCKS = 264
+"""That run side by side: two on each multiprocessor, for their registers."""
 _FORGET = -1e30
 """Exponent of a decay of zero."""
 
@@ -42,7 +44,7 @@ class Schedule:
       keep_decays: whether the backward pass keeps the decays of a group in registers too.
     """
 
-    pieces: int = 4
+    pieces: int = 1
     tile: int = 16
     group: int = 4
     buffers: int = 2
@@ -58,8 +60,11 @@ def supports(shape: tuple[int, ...], N: int) -> bool:
 
 
 def schedule(shape: tuple[int, ...]) -> Schedule:
-    """The cut that was fastest on an H100 for such a shape (B,T,E)."""
-    return Schedule()
+    """So many pieces of time that an H100 is full, of four tiles at least."""
+    (B, T, E), cut = shape, Schedule(pieces=1)
+    while cut.pieces * B * (E // LANES) < _BLOCKS and 8 * cut.pieces * cut.tile <= T:
+        cut = dataclasses.replace(cut, pieces=2 * cut.pieces)
+    return cut
 
 
 def shared_rows(B_BTN: Float[Array, "B T N"], C_BTN: Float[Array, "B T N"],

@@ -173,6 +173,14 @@ def test_kernels_for_gpus_are_the_recurrence(name):
     compare(with_gradients(scan)(*arrays), arrays, n_operations=4 * T)
 
 
+def test_few_rows_are_cut_into_more_pieces_but_not_into_crumbs():
+    def pieces(*shape):
+        return selective_scan_gpu.schedule(shape).pieces
+
+    assert [pieces(B, 2048, 1536) for B in (64, 8, 1)] == [1, 4, 32]
+    assert [pieces(1, T, 128) for T in (2, 127, 128, 65_536)] == [1, 1, 2, 512]
+
+
 def test_kernels_lower_for_nvidia_gpus_without_one():
     @jax.jit
     def step(u, delta, A, Bm, C):
