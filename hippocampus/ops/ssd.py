@@ -5,9 +5,10 @@ With l_t = dt_t A and s_t = l_1 + … + l_t within a chunk, h_0 the state in fro
     y_i = sum_{j <= i} exp(s_i - s_j) (C_i B_j) dt_j x_j + exp(s_i) C_i h_0
     h'  = exp(s_last) h_0 + sum_j exp(s_last - s_j) B_j (dt_j x_j)^T
 
-y is one product of [scores, exp(s) C] and [dt x; h_0]. The gradient needs the same products: with
-z = dt x, what y and h' give to s_i is g_i y_i - z_i dz_i (and <h', dh'> to s_last), so that no sum
-over pairs of tokens is made for it.
+y is one product of [scores, exp(s) C] and [dt x; h_0], and so is the gradient of z = dt x. That of
+s is summed over pairs of different tokens. The shorter g_i y_i - z_i dz_i is the same on paper, but
+holds every token's pair with itself twice; where decays are strong nothing else is left, and what
+rounding in bfloat16 leaves of the difference can be larger than the result.
 """
 
 from __future__ import annotations
@@ -141,12 +142,12 @@ def _chunks_forward(size: int, x: Array, dt: Array, logs: Array, B: Array, C: Ar
     y = _dot(_beside(_each_head(decays.pairs, scores, x), _each_head(decays.into, Cn, x)),
              _above(z, starts))
     y = _time_first(y)
-    return (y, last), (x, dt, logs, B, C, reset, starts, last, y)
+    return (y, last), (x, dt, logs, B, C, reset, starts)
 
 
 def _chunks_backward(size: int, saved: tuple,
                      cotangents: tuple[Array, Array]) -> tuple[Array | None, ...]:
-    x, dt, logs, B, C, reset, starts, last, y = saved
+    x, dt, logs, B, C, reset, starts = saved
     g, g_last = cotangents
     decays = _decays(size, logs, reset)
     z, Bn, Cn, scores = _chunk_operands(size, x, dt, B, C)
@@ -163,11 +164,12 @@ def _chunks_backward(size: int, saved: tuple,
     dC = _dot(dscores, Bn) + _over_heads(decays.into, gn, starts, B.shape[2])
     dB = _dot(_transpose(dscores), Cn) + _over_heads(decays.out, z, behind, B.shape[2])
 
-    ds = (g * y).sum(-1) - (x * dt[..., None] * dz).sum(-1)
-    ds = ds.reshape(ds.shape[0], -1, size, ds.shape[-1])
-    after = jnp.concatenate([starts[:, 1:], last[:, None]], 1)
-    dlogs = jnp.cumsum(ds[:, :, ::-1], 2)[:, :, ::-1] + (after * behind).sum((3, 4))[:, :, None]
-    dlogs = dlogs.reshape(logs.shape)
+    of_pairs = jnp.tril(pairs * _of_heads(scores, x), -1)
+    of_start = decays.into * (_dot(_of_heads(Cn, x), starts.astype(x.dtype)) * gn).sum(-1)
+    of_end = decays.out * (_dot(_of_heads(Bn, x), behind.astype(x.dtype)) * z).sum(-1)
+    ds = of_pairs.sum(-1) - of_pairs.sum(-2) + of_start - of_end
+    through = of_end.sum(-1) + decays.whole * (starts * behind).sum((-1, -2))
+    dlogs = _time_first(jnp.flip(jnp.cumsum(jnp.flip(ds, -1), -1), -1) + through[..., None])
     if reset is not None:
         dlogs = jnp.where(reset[..., None], 0.0, dlogs)
     return ((dz * dt[..., None]).astype(x.dtype), (dz * x).sum(-1), dlogs,
@@ -197,9 +199,13 @@ def _carry(first: Array, whole: Array, ends: Array, *,
 
 def _each_head(decay: Array, shared: Array, like: Array) -> Array:
     """What a group's heads share (B,n,G,…), times the decays of each head (B,n,H,…)."""
-    heads = jnp.repeat(shared, decay.shape[2] // shared.shape[2], 2)
+    heads = _of_heads(shared, like)
     return (decay.reshape(*decay.shape, *(1,) * (heads.ndim - decay.ndim)) * heads).astype(
         like.dtype)
+
+
+def _of_heads(shared: Array, x: Array) -> Array:  # B,n,G,… -> B,n,H,…
+    return jnp.repeat(shared, x.shape[2] // shared.shape[2], 2)
 
 
 def _over_heads(decay: Array, v: Array, states: Array, groups: int) -> Array:
