@@ -123,7 +123,7 @@ def _pallas(u: Array, delta: Array, A: Array, B: Array, C: Array, D: Array, h0: 
     return placement.map_shards(
         _pallas_on_device, arrays,
         (row, row, ("tensor", None), channel, channel, ("tensor",), (*state, None), channel[:2]),
-        (row, (*state, None)))
+        row, (*state, None))
 
 
 def _pallas_on_device(u: Array, delta: Array, A: Array, B: Array, C: Array, D: Array, h0: Array,
