@@ -128,8 +128,9 @@ def test_cudnn_is_taken_where_there_is_one():
 
 @pytest.mark.parametrize(("vocab_size", "device", "backend"), [
     (256, CPU, "full"), (8192, CPU, "full"), (8193, CPU, "chunked"), (32_000, CPU, "chunked"),
-    (8192, H100, "full"), (8193, H100, "chunked"), (32_000, V5E, "chunked")])
-def test_loss_of_a_large_vocabulary_is_chunked(vocab_size, device, backend):
+    (8192, H100, "full"), (8193, H100, "fused"), (32_000, A100, "chunked"),
+    (32_000, Device("gpu", "NVIDIA B200", 10.0), "chunked"), (32_000, V5E, "chunked")])
+def test_loss_of_a_large_vocabulary_is_chunked_and_on_hopper_fused(vocab_size, device, backend):
     config = load_config(defaults(), {"model.vocab_size": vocab_size})
     assert resolve(config, device)[0].loss.backend == backend
 
