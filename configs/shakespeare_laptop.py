@@ -39,9 +39,10 @@ def get_config() -> ConfigDict:
     config.model.segments.eval = 1
     config.eval.every_steps = 1000
     config.eval.batch_size = 64
+    config.eval.max_windows = 320
     config.checkpoint.every_steps = 500
     config.log.every_steps = 50
-    config.log.histogram_every_steps = 500
+    config.log.histogram_every_steps = 1000
     config.sample.prompt = "ROMEO:"
     config.sample.max_new_tokens = 300
     return config

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hippocampus import distributed, xla_flags
+from hippocampus.allocator import keep_freed_memory
 from hippocampus.config_files import load_config
 from hippocampus.training.signals import StopSignal
 from hippocampus.verbs import Parser, run_verb, take_overrides
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str]) -> None:
     flags = parser.parse_args(rest)
     if flags.expect_devices:
         overrides["mesh.devices"] = str(flags.expect_devices)
+    keep_freed_memory()  # before JAX is imported, and its threads start
     with StopSignal(owns_process=True) as stop:
         distributed.initialize(flags.coordinator_address, flags.num_processes, flags.process_id)
         config = load_config(flags.config, overrides)

@@ -1,0 +1,82 @@
+"""Training steps of a config with random tokens, on any devices: what several benchmarks time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from hippocampus.config import Config
+from hippocampus.data.batches import Batch
+from hippocampus.devices import resolve
+from hippocampus.models.build_model import build_model
+from hippocampus.training import sharding
+from hippocampus.training.optimizer import build_optimizer
+from hippocampus.training.step import jit_train_step, sharded_init, train_step
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled training step, and what it starts from.
+
+    Attributes:
+      tokens: of one step.
+      bytes_per_device: state, batch and temporary arrays, as the compiler counts them.
+    """
+
+    step: Callable[[Any, Any], tuple[Any, Any]]
+    first: Callable[[], Any]
+    batch: Any
+    tokens: int
+    bytes_per_device: int
+    compile_seconds: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of a step (median of `n` that were queued one by one), and the loss after each."""
+
+    seconds: float
+    losses: tuple[float, ...]
+
+
+def compile_step(config: Config, devices: list[Any]) -> Program:
+    """Compiles the training step of a config for a mesh over these devices."""
+    config, _ = resolve(config)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    model, optimizer = build_model(config), build_optimizer(config.optimizer, config.train.steps)
+    first, like, shardings = sharded_init(model, optimizer, config, mesh)
+    B, T = config.train.batch_size, config.data.context
+    ids = np.random.default_rng(0).integers(0, config.model.vocab_size, (B, T + 1), np.int32)
+    batch = sharding.to_devices(
+        Batch(ids[:, :-1], ids[:, 1:], np.ones((B, T), np.float32)), mesh)
+    function: Any = jit_train_step(train_step(model, optimizer, config), mesh, shardings)
+    begin = time.perf_counter()
+    compiled = function.lower(like, batch).compile()
+    memory = compiled.memory_analysis()
+    return Program(compiled, first, batch, B * T,
+                   memory.argument_size_in_bytes + memory.temp_size_in_bytes
+                   + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+                   time.perf_counter() - begin)
+
+
+def measure(program: Program, steps: int = 6) -> Measured:
+    """Times steps on one batch; the first one is not counted."""
+    state, losses, marks = program.first(), [], []
+    for _ in range(steps + 1):
+        state, metrics = program.step(state, program.batch)
+        losses.append(float(jax.device_get(metrics["train/loss"])))
+        marks.append(time.perf_counter())
+    return Measured(float(np.median(np.diff(marks))), tuple(losses))
+
+
+def one_line(error: BaseException) -> str:
+    """Why a step could not be compiled or run, short enough for a table."""
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
+        return "out of memory"
+    return f"{type(error).__name__}: {(text.strip().splitlines() or [''])[0][:100]}"
