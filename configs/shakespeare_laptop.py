@@ -5,7 +5,8 @@ validation loss is 1.88. Three layers: state space, all three memories, state sp
 
 Command:   python -m hippocampus.train --config=configs/shakespeare_laptop.py
            (--config.train.seed=1 and 2 for the others)
-Hardware:  two CPU cores, float32: 154 seconds for the whole command, about 13,000 characters/s
+Hardware:  two CPU cores, float32: 70 seconds for the whole command, 83 the first time (compiling);
+           nanoGPT's run takes 72 there (benchmarks/cpu.py)
 Result:    validation loss 1.565 (raw) and 1.566 (averaged weights), mean of seeds 0, 1, 2 (1.563,
            1.570, 1.563), over the whole last tenth of the text in disjoint windows of 64
 """
