@@ -85,8 +85,8 @@ def gated_jobs(shape: tuple[int, ...], dtype: str, backends: tuple[str, ...]) ->
 
 def sweep_jobs(shape: tuple[int, ...], dtype: str, backends: tuple[str, ...]) -> Iterator[Job]:
     """The kernels with other blocks; what does not fit into shared memory fails."""
-    from hippocampus.ops import scan_mosaic_gpu as kernels
-    from hippocampus.ops.mosaic_gpu import Blocks
+    from hippocampus.ops.kernels import scan_hopper as kernels
+    from hippocampus.ops.kernels.mosaic_gpu import Blocks
 
     a, x, g = arrays(shape, dtype)
     wide = 2 if dtype == "bfloat16" else 1

@@ -21,9 +21,9 @@ from hippocampus.models.hybrid_block import BlockSpec, HybridBlock, block_specs
 from hippocampus.models.interventions import NEUTRAL, Interventions
 from hippocampus.models.layer_stack import run_layers
 from hippocampus.models.segment_reasoner import SegmentReasoner
-from hippocampus.ops import decode_kernels
 from hippocampus.ops.cross_entropy import Head
 from hippocampus.ops.embedding import embed
+from hippocampus.ops.kernels import decode_gpu
 
 VOCAB_MULTIPLE = 128
 _NOISE = 2**31
@@ -323,7 +323,7 @@ class HybridLM(nn.Module):
     def _has_kernels(self, x_BnD: Array) -> bool:
         """Whether one token per row is read, by the kernels for it."""
         B, n = x_BnD.shape[:2]
-        fits = B < decode_kernels.ROWS or (B <= decode_kernels.MOST_ROWS and B & (B - 1) == 0)
+        fits = B < decode_gpu.ROWS or (B <= decode_gpu.MOST_ROWS and B & (B - 1) == 0)
         return n == 1 and fits and "fused" in self.variables
 
     def _extend_layer(self, i: int, x_BnD: Array, positions_Bn: Array, caches: dict[str, Any],

@@ -1,7 +1,7 @@
 """A HybridBlock reads one token per row in few kernels.
 
-What `HybridBlock.extend` computes, for one token and on a GPU where `hippocampus.ops.
-decode_kernels` runs: all maps of the block's input are one product with one matrix, the paths' way
+What `HybridBlock.extend` computes, for one token and on a GPU where `hippocampus.ops.kernels.
+decode_gpu` runs: all maps of the block's input are one product with one matrix, the paths' way
 back is one batched product, norms and the gate of the MLP are computed where they are read, and a
 cache is written and read by one kernel. The maths is that of the layers, whose files explain it.
 """
@@ -23,8 +23,8 @@ from hippocampus.layers.mor_hopfield import HopfieldCache, inverse_temperature
 from hippocampus.layers.norms import rms_normalize, unit_normalize
 from hippocampus.layers.self_attention import AttentionCache
 from hippocampus.models.hybrid_block import BlockSpec
-from hippocampus.ops import decode_kernels
 from hippocampus.ops.gated_scan import decay_and_input
+from hippocampus.ops.kernels import decode_gpu
 from hippocampus.ops.rotary import rotate
 
 Layer = dict[str, Any]
@@ -83,7 +83,7 @@ def extend(
       positions_B, caches, valid_B, control_BP: as for `HybridBlock.extend`.
       interpret: run the kernels without a GPU.
     """
-    linear = functools.partial(decode_kernels.linear, epsilon=config.norm_epsilon,
+    linear = functools.partial(decode_gpu.linear, epsilon=config.norm_epsilon,
                                interpret=interpret)
     read = _Reader(config, spec, params, positions_B, valid_B, linear, interpret)
     y_BN = linear(x_BD[None], fused["in"][None], norm_scale_K=params["norm_paths"]["scale"])[0]
@@ -110,7 +110,7 @@ class _Reader:
         self.config, self.spec, self.params = config, spec, params
         self.positions_B, self.valid_B = positions_B, valid_B
         self.linear = linear
-        self.retrieve = functools.partial(decode_kernels.retrieve, positions_B=positions_B,
+        self.retrieve = functools.partial(decode_gpu.retrieve, positions_B=positions_B,
                                           valid_B=valid_B, interpret=interpret)
 
     def path(self, path: str, parts: Any, cache: Any, fused: Layer) -> tuple[Array, Any]:

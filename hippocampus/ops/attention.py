@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hippocampus.errors import ConfigError
-from hippocampus.ops import attention_tpu, placement
+from hippocampus.ops import placement
+from hippocampus.ops.kernels import attention_tpu
 from hippocampus.ops.placement import SEQUENCE
 
 BACKENDS = ("xla", "cudnn", "flash")

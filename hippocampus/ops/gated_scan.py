@@ -6,7 +6,7 @@
 
 For the backward pass only the inputs and the states are kept; decays and inputs of the scan are
 computed again. With the backend "pallas" one kernel per pass does everything where it fits
-(`gated_mosaic_gpu`).
+(`hippocampus.ops.kernels`).
 
 Source: De et al. 2024 (arXiv:2402.19427), section 2.4.
 """
@@ -22,6 +22,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from hippocampus.ops import placement
+from hippocampus.ops.kernels import scan_tpu
+from hippocampus.ops.kernels.dispatch import by_platform
 from hippocampus.ops.linear_scan import linear_scan, scan_gradients
 from hippocampus.ops.placement import SEQUENCE
 
@@ -79,7 +81,7 @@ def _gated_scan(backend: str, gates: Array, c: Array, log_decay: Array, scale: A
     if not _one_kernel(backend, c):
         return _open_states(backend, gates, c, log_decay, scale, first)
     return placement.map_local(
-        functools.partial(_by_platform, "scan", _open_states),
+        functools.partial(_by_platform, "gated_scan", _open_states),
         (gates, c, log_decay, scale, first), _LIES, _BTE)
 
 
@@ -103,7 +105,7 @@ def _gradients(backend: str, gates: Array, c: Array, log_decay: Array, scale: Ar
     if not _one_kernel(backend, c):
         return _open_gradients(backend, gates, c, log_decay, scale, first, h, g)
     dgates, dc, *sums = placement.map_local(
-        functools.partial(_by_platform, "scan_backward", _open_sums),
+        functools.partial(_by_platform, "gated_scan_backward", _open_sums),
         (gates, c, log_decay, scale, first, h, g), (*_LIES, _BTE, _BTE),
         _2BTE, _BTE, *[("batch", "tensor")] * (1 if scale is None else 2))
     dlog_decay, *dscale = (part.sum(0) for part in sums)
@@ -161,13 +163,15 @@ def _open_sums(backend: str, *arrays: Any) -> tuple[Array | None, ...]:
 
 
 def _by_platform(name: str, instead: Callable, *arrays: Any) -> Any:
-    from hippocampus.ops import gated_mosaic_gpu
+    from hippocampus.ops.kernels import gated_scan_hopper  # which reads this module's constants
 
-    c = arrays[1]
-    kernel = (getattr(gated_mosaic_gpu, name) if gated_mosaic_gpu.supports(c.shape, c.dtype)
-              else functools.partial(instead, "pallas"))
-    return jax.lax.platform_dependent(
-        *arrays, cuda=kernel, default=functools.partial(instead, "pallas"))
+    def open_form(_: str, *arrays: Any) -> Any:  # the plain scan's kernels take more shapes
+        return instead("pallas", *arrays)
+
+    return by_platform(
+        arrays, arrays[1], open_form,
+        cuda=(gated_scan_hopper.supports, getattr(gated_scan_hopper, name)),
+        tpu=(scan_tpu.supports, getattr(scan_tpu, name)))
 
 
 _BTE = ("batch", SEQUENCE, "tensor")

@@ -9,10 +9,7 @@ take over.
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -21,6 +18,8 @@ from jaxtyping import Array, Bool, Float
 
 from hippocampus.errors import ConfigError
 from hippocampus.ops import placement
+from hippocampus.ops.kernels import scan_hopper, scan_tpu
+from hippocampus.ops.kernels.dispatch import by_platform
 from hippocampus.ops.placement import SEQUENCE
 
 
@@ -247,24 +246,10 @@ def _pallas(a: Array, x: Array) -> Array:
 
 
 def _by_platform(name: str, instead: Callable, *arrays: Array) -> Any:
-    """A kernel's function on the platform that is lowered for; `instead` takes a backend first."""
-
-    def branch(kernels: ModuleType | None, backend: str) -> Callable:
-        last = arrays[-1]
-        if kernels is not None and kernels.supports(last.shape, last.dtype):
-            return getattr(kernels, name)
-        return functools.partial(instead, backend)
-
-    return jax.lax.platform_dependent(
-        *arrays, cuda=branch(_kernels("scan_mosaic_gpu"), "associative"),
-        tpu=branch(_kernels("scan_tpu"), "chunked"),
-        rocm=functools.partial(instead, "associative"),
-        default=functools.partial(instead, "chunked"))
-
-
-def _kernels(name: str) -> ModuleType | None:
-    full_name = f"hippocampus.ops.{name}"
-    return importlib.import_module(full_name) if importlib.util.find_spec(full_name) else None
+    return by_platform(
+        arrays, arrays[-1], instead,
+        cuda=(scan_hopper.supports, getattr(scan_hopper, name)),
+        tpu=(scan_tpu.supports, getattr(scan_tpu, name)))
 
 
 _LIES = ("batch", SEQUENCE, "tensor")

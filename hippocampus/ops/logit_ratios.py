@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hippocampus.ops import cross_entropy_mosaic_gpu
+from hippocampus.ops.kernels import cross_entropy_hopper
 
 if TYPE_CHECKING:
     from hippocampus.ops.cross_entropy import Head
@@ -73,7 +73,7 @@ def has_kernel(head: Head) -> bool:
     whole = jax.sharding.get_abstract_mesh().shape.get("tensor", 1) == 1
     rows, width = head.weight_VD.shape
     return (head.bias_V is None and not head.softcap and whole
-            and cross_entropy_mosaic_gpu.supports(rows, width, head.weight_VD.dtype))
+            and cross_entropy_hopper.supports(rows, width, head.weight_VD.dtype))
 
 
 def one_pass(
@@ -159,13 +159,13 @@ def _ratios(head: Head, hidden: Array, targets: Array, target_logits: Array, n_i
         return ratio.astype(hidden.dtype), total
 
     def kernel(hidden: Array, weight: Array, targets: Array, target_logits: Array) -> tuple:
-        ratio, total = cross_entropy_mosaic_gpu.ratios(
+        ratio, total = cross_entropy_hopper.ratios(
             hidden.reshape(-1, hidden.shape[-1]), weight, target_logits.reshape(-1),
             targets.reshape(-1), n_ids)
         return ratio.reshape(*targets.shape, -1), total.reshape(targets.shape)
 
     arrays = (hidden, head.weight_VD, targets, target_logits)
-    if fused and targets.size % cross_entropy_mosaic_gpu.TILE_N == 0:
+    if fused and targets.size % cross_entropy_hopper.TILE_N == 0:
         return jax.lax.platform_dependent(*arrays, cuda=kernel, default=portable)
     return portable(*arrays)
 

@@ -13,9 +13,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from hippocampus.errors import ConfigError
-from hippocampus.ops import placement, selective_scan_gpu
+from hippocampus.ops import placement
+from hippocampus.ops.kernels import selective_scan_hopper
+from hippocampus.ops.kernels.selective_scan_hopper import Schedule
 from hippocampus.ops.linear_scan import linear_scan
-from hippocampus.ops.selective_scan_gpu import Schedule
 from hippocampus.ops.ssd import ssd as ssd
 
 _CHUNK = 64
@@ -128,9 +129,9 @@ def _pallas(u: Array, delta: Array, A: Array, B: Array, C: Array, D: Array, h0: 
 
 def _pallas_on_device(u: Array, delta: Array, A: Array, B: Array, C: Array, D: Array, h0: Array,
                       reset: Array) -> tuple[Array, Array]:
-    if not selective_scan_gpu.supports(u.shape, A.shape[1]):
+    if not selective_scan_hopper.supports(u.shape, A.shape[1]):
         return _chunked(u, delta, A, B, C, D, h0, reset)
-    schedule = selective_scan_gpu.schedule(u.shape)
+    schedule = selective_scan_hopper.schedule(u.shape)
     return _fused(schedule, False, u, delta, A, B, C, D, h0, reset)
 
 
@@ -166,7 +167,7 @@ def _kernels_forward(schedule: Schedule, interpret: bool, *arrays: Any,
 def _forward_on_gpu(schedule: Schedule, interpret: bool, save: bool, u: Array, delta: Array,
                     A: Array, B: Array, C: Array, D: Array, h0: Array, reset: Array,
                     ) -> tuple[Array, ...]:
-    gpu = selective_scan_gpu
+    gpu = selective_scan_hopper
     A2, rows = A.T / math.log(2), gpu.shared_rows(B, C, reset)
     starts = jnp.swapaxes(h0, 1, 2)[:, None]
     kept = []
@@ -218,7 +219,7 @@ def _kernels_backward(schedule: Schedule, interpret: bool, saved: tuple,
 def _backward_on_gpu(schedule: Schedule, interpret: bool, kept: list[Array],
                      cotangents: tuple[Array, Array], u: Array, delta: Array, A: Array, B: Array,
                      C: Array, D: Array, h0: Array, reset: Array) -> tuple[Array, ...]:
-    gpu, (g, g_state), N = selective_scan_gpu, cotangents, A.shape[1]
+    gpu, (g, g_state), N = selective_scan_hopper, cotangents, A.shape[1]
     A2, rows = A.T / math.log(2), gpu.shared_rows(B, C, reset)
     behind = jnp.swapaxes(g_state, 1, 2)[:, None]
     if schedule.pieces > 1:

@@ -1,20 +1,14 @@
 """gated_scan: every backend against the recurrence and its hand-derived gradient in float64."""
 
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parent))
-
-from test_scan_kernels import gated, gated_back
-
 from hippocampus.errors import ConfigError
 from hippocampus.ops.gated_scan import gated_scan
 from hippocampus.testing import assert_close
+from tests.ops.recurrences import gated, gated_back
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -90,3 +84,17 @@ def test_an_unknown_backend_is_refused():
     own, first, _ = inputs()
     with pytest.raises(ConfigError, match="sequential, associative, chunked, pallas"):
         gated_scan(*own, first, backend="parallel")
+
+
+def test_a_tpu_gets_one_kernel_per_pass():
+    B, T, E = 8, 16, 128
+    shapes = [(2, B, T, E), (B, T, E), (E,), (E,)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+
+    def both_passes(*arrays):
+        h, pull = jax.vjp(lambda *own: gated_scan(
+            *own, jnp.zeros((B, T), bool), backend="pallas"), *arrays)
+        return h, pull(h)
+
+    text = jax.jit(both_passes).trace(*arrays).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == 2

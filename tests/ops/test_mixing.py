@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hippocampus.ops.mixing import mix_normalized
+from tests.ops.float64 import distance, in_float64
 
 B, T, D, P = 2, 3, 10, 3
 
@@ -24,12 +25,6 @@ def plain(gates: jax.Array, scales: list, paths: list) -> jax.Array:
                for p, (s, y) in enumerate(zip(scales, paths, strict=True)))
 
 
-def in_float64(function, *arrays):
-    with jax.enable_x64(True):
-        wide = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), arrays)
-        return jax.tree.map(np.asarray, function(*wide))
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
 def test_the_mix_and_all_its_gradients(dtype: type, tolerance: float) -> None:
     arguments, g = inputs(dtype)
@@ -43,8 +38,7 @@ def test_the_mix_and_all_its_gradients(dtype: type, tolerance: float) -> None:
     expected = in_float64(reference, arguments, g)
     for found, wanted in zip(jax.tree.leaves((value, pull(g))), jax.tree.leaves(expected),
                              strict=True):
-        error = np.linalg.norm(np.asarray(found, np.float64) - wanted) / np.linalg.norm(wanted)
-        assert error < tolerance
+        assert distance(found, wanted) < tolerance
 
 
 def test_a_path_of_zeros_is_no_problem() -> None:

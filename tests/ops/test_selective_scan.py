@@ -10,7 +10,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from hippocampus.errors import ConfigError
 from hippocampus.ops import selective_scan as module
-from hippocampus.ops import selective_scan_gpu
+from hippocampus.ops.kernels import selective_scan_hopper
 from hippocampus.testing import assert_close, check_causality
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -168,14 +168,14 @@ SCHEDULES = {
 def test_kernels_for_gpus_are_the_recurrence(name):
     cut, T, N = SCHEDULES[name]
     scan = functools.partial(
-        module._fused, selective_scan_gpu.Schedule(*cut), not ON_GPU)
+        module._fused, selective_scan_hopper.Schedule(*cut), not ON_GPU)
     arrays = inputs(T, E=128, N=N, B=1, resets=0.1)
     compare(with_gradients(scan)(*arrays), arrays, n_operations=4 * T)
 
 
 def test_few_rows_are_cut_into_more_pieces_but_not_into_crumbs():
     def pieces(*shape):
-        return selective_scan_gpu.schedule(shape).pieces
+        return selective_scan_hopper.schedule(shape).pieces
 
     assert [pieces(B, 2048, 1536) for B in (64, 8, 1)] == [1, 4, 32]
     assert [pieces(1, T, 128) for T in (2, 127, 128, 65_536)] == [1, 1, 2, 512]

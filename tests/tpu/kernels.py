@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hippocampus.config import MeshConfig
-from hippocampus.ops import placement, scan_tpu
+from hippocampus.ops import placement
 from hippocampus.ops.attention import attention
+from hippocampus.ops.kernels import scan_tpu
 from hippocampus.planning.hlo import parse
 from hippocampus.planning.topology import compile_only_devices, find_topology, prepare_environment
 from hippocampus.planning.traffic import traffic

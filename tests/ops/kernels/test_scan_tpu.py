@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hippocampus.layers.modern_ssm import decay_and_input
-from hippocampus.ops import scan_tpu
+from hippocampus.ops.kernels import scan_tpu
 from hippocampus.testing import assert_close
 
 # Rows of 16 make two blocks of rows; `small_blocks` makes blocks of 8 steps.

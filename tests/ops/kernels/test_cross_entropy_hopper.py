@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hippocampus.ops import cross_entropy_mosaic_gpu as module
 from hippocampus.ops.cross_entropy import Head, cross_entropy
+from hippocampus.ops.kernels import cross_entropy_hopper as module
 
 N, V, D, IDS = 512, 384, 128, 300
 

@@ -359,7 +359,7 @@ def _shared_row(rows: Any, t: Any, N: int, interpret: bool) -> tuple[Any, Any, A
     if interpret:
         values = tuple(rows[t, i] for i in range(width))
     else:
-        from hippocampus.ops.selective_scan_mlir import read_row
+        from hippocampus.ops.kernels.selective_scan_mlir import read_row
 
         _, plgpu = _pallas()
         splat = plgpu.ShapeDtypeStruct((LANES,), jnp.float32,
@@ -374,7 +374,7 @@ def _sum_over_warps(values: Sequence[Array], interpret: bool) -> Array:
     if interpret:  # the same sums, without shuffles
         stacked = jnp.stack([*values, *[jnp.zeros_like(values[0])] * (32 - len(values))])
         return stacked.reshape(32, LANES // 32, 32).sum(-1).T.reshape(LANES)
-    from hippocampus.ops.selective_scan_mlir import exchange_halves
+    from hippocampus.ops.kernels.selective_scan_mlir import exchange_halves
 
     _, plgpu = _pallas()
     one = plgpu.ShapeDtypeStruct((LANES,), jnp.float32, layout=_lanes())

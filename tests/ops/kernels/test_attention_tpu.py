@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hippocampus.ops import attention_tpu
 from hippocampus.ops.attention import attention
+from hippocampus.ops.kernels import attention_tpu
 from hippocampus.testing import assert_close
 
 B, T, H, G = 2, 256, 4, 2

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from hippocampus.ops import decode_kernels, key_cache
+from hippocampus.ops import key_cache
+from hippocampus.ops.kernels import decode_gpu
 from hippocampus.testing import assert_close
 
 RNG = np.random.default_rng(0)
@@ -31,15 +32,15 @@ def test_linear_is_the_product_with_what_stands_in_front_and_behind(B, dtype):
     gates, residual = draw(1, B, 192, dtype=dtype), draw(B, 64, dtype=dtype)
     close = {"dtype": dtype, "n_operations": 8}
 
-    plain = decode_kernels.linear(x, w, interpret=INTERPRET)
+    plain = decode_gpu.linear(x, w, interpret=INTERPRET)
     assert_close(f32(plain), np.einsum("pbk,pnk->pbn", f32(x), f32(w)), **close)
 
-    normed = decode_kernels.linear(x[:1], w[:1], norm_scale_K=scale, epsilon=1e-3,
+    normed = decode_gpu.linear(x[:1], w[:1], norm_scale_K=scale, epsilon=1e-3,
                                    interpret=INTERPRET)
     u = f32(x[0]) * f32(scale) / np.sqrt((f32(x[0]) ** 2).mean(-1, keepdims=True) + 1e-3)
     assert_close(f32(normed[0]), u @ f32(w[0]).T, **close)
 
-    gated = decode_kernels.linear(gates, w[:1], gated=True, residual_BN=residual,
+    gated = decode_gpu.linear(gates, w[:1], gated=True, residual_BN=residual,
                                   interpret=INTERPRET)
     a, b = np.split(f32(gates[0]), 2, -1)
     assert_close(f32(gated[0]), (a / (1 + np.exp(-a)) * b) @ f32(w[0]).T + f32(residual), **close)
@@ -64,7 +65,7 @@ def test_retrieve_is_attention_to_the_ring_and_writes_the_token_into_it(name, dt
     caches = tuple(draw(B, G, C, d, dtype=dtype) for _ in range(n))
     positions = jnp.resize(jnp.asarray([0, 5, C + 7, C - 1]), (B,))  # empty, part, past, full
     valid = jnp.arange(B) != 1
-    states, written = decode_kernels.retrieve(
+    states, written = decode_gpu.retrieve(
         q, new, caches, positions, valid, scale, steps=steps, alpha=alpha, interpret=INTERPRET)
 
     arrays, visible, wanted = key_cache.recall(
@@ -83,10 +84,10 @@ def test_kernels_lower_for_nvidia_gpus_without_one(B):
     bf16 = jnp.bfloat16
 
     def step(x, w, scale, q, new, cache, positions, valid):
-        y = decode_kernels.linear(x, w, norm_scale_K=scale)
-        z = decode_kernels.linear(jnp.concatenate([y, y], -1), w[:, :, :64], gated=True,
+        y = decode_gpu.linear(x, w, norm_scale_K=scale)
+        z = decode_gpu.linear(jnp.concatenate([y, y], -1), w[:, :, :64], gated=True,
                                   residual_BN=y[0])
-        return z, decode_kernels.retrieve(q, (new,), (cache,), positions, valid, jnp.ones(6),
+        return z, decode_gpu.retrieve(q, (new,), (cache,), positions, valid, jnp.ones(6),
                                           steps=2)
 
     shapes = [((1, B, 128), bf16), ((1, 64, 128), bf16), ((128,), jnp.float32),

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hippocampus.ops.mosaic_gpu import CHANNELS, Blocks, Rows, Values, over_time, runs_here
+from hippocampus.ops.kernels.mosaic_gpu import CHANNELS, Blocks, Rows, Values, over_time, runs_here
 
 LEAST_STEPS = 16
 """Time steps that the sequence's length divides by."""

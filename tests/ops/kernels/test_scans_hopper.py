@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hippocampus.ops import gated_mosaic_gpu, gated_scan, linear_scan, scan_mosaic_gpu
+from hippocampus.ops import gated_scan, linear_scan
+from hippocampus.ops.kernels import gated_scan_hopper, scan_hopper
 from hippocampus.testing import assert_close
+from tests.ops.recurrences import gated, gated_back, scanned, scanned_back, sigmoid
 
 # More blocks of steps than are in flight at once, and more than one thread block.
 B, T, E = 1, 160, 256
@@ -14,22 +16,6 @@ B, T, E = 1, 160, 256
 
 def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape)
-
-
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
-
-
-def scanned(a, x):
-    h = np.zeros_like(x)
-    for t in range(x.shape[1]):
-        h[:, t] = a[:, t] * (h[:, t - 1] if t else 0) + x[:, t]
-    return h
-
-
-def scanned_back(a, h, g):
-    adjoint = np.flip(scanned(np.flip(np.roll(a, -1, axis=1), 1), np.flip(g, 1)), 1)
-    return adjoint * np.concatenate([np.zeros_like(h[:, :1]), h[:, :-1]], axis=1), adjoint
 
 
 def close(found, expected, dtype, n_operations=T):
@@ -54,38 +40,13 @@ def gated_inputs(dtype, decays="spread"):
             jnp.asarray(rng.random((B, T)) < 0.05)), g
 
 
-def gated(gates, c, log_decay, scale, first):
-    """States and what their gradient needs, in float64."""
-    gates, c, log_decay, scale = (np.asarray(v, np.float64) for v in (gates, c, log_decay, scale))
-    f, i = sigmoid(gates)
-    rate = -8 * np.log1p(np.exp(log_decay))
-    log_a = rate * f
-    square, first = -np.expm1(2 * log_a), np.asarray(first)[..., None]
-    size = np.where(first, 1.0, np.sqrt(np.maximum(square, 1e-6)))
-    a = np.where(first, 0.0, np.exp(log_a))
-    bound = first | (square < 1e-6)
-    return scanned(a, size * i * scale * c), (f, i, a, size, bound, rate, c, scale, log_decay)
-
-
-def gated_back(h, parts, g):
-    """By hand: gradients of gates, c, log_decay and scale."""
-    f, i, a, size, bound, rate, c, scale, log_decay = parts
-    da, dx = scanned_back(a, h, np.asarray(g, np.float64))
-    dsize = dx * i * scale * c
-    dlog_a = da * a - np.where(bound, 0.0, dsize * a**2 / size)
-    drate = (dlog_a * f).sum((0, 1))
-    return (np.stack([dlog_a * rate * f * (1 - f), dx * size * scale * c * i * (1 - i)]),
-            dx * size * i * scale, -8 * sigmoid(log_decay) * drate,
-            (dx * size * i * c).sum((0, 1)))
-
-
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_scan_and_its_adjoint_are_those_of_the_recurrence(dtype):
     (a, a64), (x, x64), (g, g64) = scan_inputs(dtype)
-    h = scan_mosaic_gpu.scan(a, x, interpret=True)
+    h = scan_hopper.scan(a, x, interpret=True)
     assert h.dtype == dtype
     close(h, scanned(a64, x64), dtype)
-    found = scan_mosaic_gpu.scan_backward(a, h, g, interpret=True)
+    found = scan_hopper.scan_backward(a, h, g, interpret=True)
     for array, expected in zip(found, scanned_back(a64, np.asarray(h, np.float64), g64),
                                strict=True):
         assert array.dtype == dtype
@@ -96,17 +57,17 @@ def test_the_scan_and_its_adjoint_are_those_of_the_recurrence(dtype):
 def test_a_scan_from_the_end_is_the_scan_of_what_is_turned_round():
     (a, a64), (x, x64), _ = ([np.concatenate([v[:, :48], v[:, -48:]]) for v in pair]
                              for pair in scan_inputs(jnp.float32))  # two rows of the batch
-    found = scan_mosaic_gpu.scan(a, x, reverse=True, interpret=True)
+    found = scan_hopper.scan(a, x, reverse=True, interpret=True)
     assert_close(found, np.flip(scanned(np.flip(a64, 1), np.flip(x64, 1)), 1), n_operations=T)
 
 
 @pytest.mark.parametrize("decays", ["spread", "almost 1"])
 def test_the_gated_scan_and_all_its_gradients_are_those_of_the_recurrence(decays):
     inputs, g = gated_inputs(jnp.float32, decays)
-    h = gated_mosaic_gpu.scan(*inputs, interpret=True)
+    h = gated_scan_hopper.gated_scan(*inputs, interpret=True)
     expected, parts = gated(*inputs)
     assert_close(h, expected, n_operations=T)
-    found = gated_mosaic_gpu.scan_backward(*inputs, h, g, interpret=True)
+    found = gated_scan_hopper.gated_scan_backward(*inputs, h, g, interpret=True)
     for array, wanted in zip(found, gated_back(expected, parts, g), strict=True):
         array = array if array.shape == wanted.shape else array.sum(0)
         scale = np.abs(wanted).max() or 1.0
@@ -115,12 +76,12 @@ def test_the_gated_scan_and_all_its_gradients_are_those_of_the_recurrence(decays
 
 def test_the_gated_scan_of_bfloat16_keeps_its_state_in_float32():
     inputs, g = gated_inputs(jnp.bfloat16)
-    h = gated_mosaic_gpu.scan(*inputs, interpret=True)
+    h = gated_scan_hopper.gated_scan(*inputs, interpret=True)
     expected, parts = gated(*inputs)
     assert h.dtype == jnp.bfloat16
     # What is written is rounded once, to 8 bits.
     assert np.linalg.norm(np.asarray(h, np.float64) - expected) < 2e-3 * np.linalg.norm(expected)
-    found = gated_mosaic_gpu.scan_backward(*inputs, h, g, interpret=True)
+    found = gated_scan_hopper.gated_scan_backward(*inputs, h, g, interpret=True)
     for array, wanted in zip(found, gated_back(expected, parts, g), strict=True):
         array = np.asarray(array if array.shape == wanted.shape else array.sum(0), np.float64)
         assert np.linalg.norm(array - wanted) < 6e-3 * np.linalg.norm(wanted)
@@ -130,9 +91,9 @@ def test_without_a_scale_there_is_no_gradient_of_one():
     (gates, c, log_decay, _, first), g = gated_inputs(jnp.float32)
     gates, c, first, g = gates[:, :, :32], c[:, :32], first[:, :32], g[:, :32]
     bare, ones = (gates, c, log_decay, None, first), (gates, c, log_decay, jnp.ones(E), first)
-    h = gated_mosaic_gpu.scan(*bare, interpret=True)
-    np.testing.assert_array_equal(h, gated_mosaic_gpu.scan(*ones, interpret=True))
-    assert len(gated_mosaic_gpu.scan_backward(*bare, h, g, interpret=True)) == 3
+    h = gated_scan_hopper.gated_scan(*bare, interpret=True)
+    np.testing.assert_array_equal(h, gated_scan_hopper.gated_scan(*ones, interpret=True))
+    assert len(gated_scan_hopper.gated_scan_backward(*bare, h, g, interpret=True)) == 3
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -161,16 +122,16 @@ def test_a_gpu_gets_one_kernel_per_pass_where_the_shape_fits(dtype, length, has_
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_on_a_gpu_the_kernels_compute_the_same(dtype):
     (a, a64), (x, x64), (g, g64) = scan_inputs(dtype)
-    h = jax.jit(scan_mosaic_gpu.scan)(a, x)
+    h = jax.jit(scan_hopper.scan)(a, x)
     close(h, scanned(a64, x64), dtype)
-    for array, expected in zip(jax.jit(scan_mosaic_gpu.scan_backward)(a, h, g),
+    for array, expected in zip(jax.jit(scan_hopper.scan_backward)(a, h, g),
                                scanned_back(a64, np.asarray(h, np.float64), g64), strict=True):
         scale = np.abs(expected).max()
         close(array / scale, expected / scale, dtype)
     inputs, g = gated_inputs(dtype)
-    h = jax.jit(gated_mosaic_gpu.scan)(*inputs)
+    h = jax.jit(gated_scan_hopper.gated_scan)(*inputs)
     expected, parts = gated(*inputs)
-    found = jax.jit(gated_mosaic_gpu.scan_backward)(*inputs, h, g)
+    found = jax.jit(gated_scan_hopper.gated_scan_backward)(*inputs, h, g)
     pairs = [(h, expected), *zip(found, gated_back(expected, parts, g), strict=True)]
     for array, wanted in pairs:
         array = np.asarray(array if array.shape == wanted.shape else array.sum(0), np.float64)

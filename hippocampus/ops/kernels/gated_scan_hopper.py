@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from hippocampus.ops.gated_scan import LEAST_SQUARE, SHARPNESS
-from hippocampus.ops.mosaic_gpu import CHANNELS, Blocks, Rows, Values, over_time, runs_here
+from hippocampus.ops.kernels.mosaic_gpu import CHANNELS, Blocks, Rows, Values, over_time, runs_here
 
 STEPS = 32
 """Time steps of a block; the sequence's length divides by it."""
@@ -31,7 +31,7 @@ def supports(shape: tuple[int, int, int], dtype: jnp.dtype) -> bool:
             and dtype in (jnp.float32, jnp.bfloat16) and runs_here())
 
 
-def scan(
+def gated_scan(
     gates_2BTE: Float[Array, "2 B T E"], c_BTE: Float[Array, "B T E"],
     log_decay_E: Float[Array, " E"], scale_E: Float[Array, " E"] | None,
     first_BT: Bool[Array, "B T"], *, blocks: Blocks | None = None, interpret: bool = False,
@@ -44,7 +44,7 @@ def scan(
         flags_BT=_kept(first_BT), interpret=interpret, name="gated_scan")[0]
 
 
-def scan_backward(
+def gated_scan_backward(
     gates_2BTE: Float[Array, "2 B T E"], c_BTE: Float[Array, "B T E"],
     log_decay_E: Float[Array, " E"], scale_E: Float[Array, " E"] | None,
     first_BT: Bool[Array, "B T"], h_BTE: Float[Array, "B T E"], g_BTE: Float[Array, "B T E"], *,
