@@ -28,8 +28,7 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from timing import Table, median_seconds
-
+from benchmarks.timing import Table, median_seconds
 from hippocampus.devices import this_device
 from hippocampus.ops.cross_entropy import Head, cross_entropy
 

@@ -26,9 +26,8 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cross_entropy import GIB, matmul_flops
-from timing import Table, median_seconds
-
+from benchmarks.cross_entropy import GIB, matmul_flops
+from benchmarks.timing import Table, median_seconds
 from hippocampus.devices import choose, this_device
 from hippocampus.ops import hopfield
 

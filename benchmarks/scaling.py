@@ -18,8 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
-from steps import Program, compile_step, measure, one_line
 
+from benchmarks.steps import Program, compile_step, measure, one_line
 from hippocampus.config_files import load_config
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from hippocampus.config import Config
 from hippocampus.data.batches import Batch
 from hippocampus.devices import resolve
-from hippocampus.models.build_model import build_model
+from hippocampus.models.build_model import build_model, count_parameters
 from hippocampus.training import sharding
 from hippocampus.training.optimizer import build_optimizer
 from hippocampus.training.step import jit_train_step, sharded_init, train_step
@@ -24,10 +24,13 @@ class Program:
     """A compiled training step, and what it starts from.
 
     Attributes:
+      config: resolved for the devices.
       tokens: of one step.
       bytes_per_device: state, batch and temporary arrays, as the compiler counts them.
     """
 
+    config: Config
+    parameters: int
     step: Callable[[Any, Any], tuple[Any, Any]]
     first: Callable[[], Any]
     batch: Any
@@ -52,13 +55,14 @@ def compile_step(config: Config, devices: list[Any]) -> Program:
     first, like, shardings = sharded_init(model, optimizer, config, mesh)
     B, T = config.train.batch_size, config.data.context
     ids = np.random.default_rng(0).integers(0, config.model.vocab_size, (B, T + 1), np.int32)
+    documents = np.zeros((B, T), np.int32) if config.data.documents == "packed" else None
     batch = sharding.to_devices(
-        Batch(ids[:, :-1], ids[:, 1:], np.ones((B, T), np.float32)), mesh)
+        Batch(ids[:, :-1], ids[:, 1:], np.ones((B, T), np.float32), documents), mesh)
     function: Any = jit_train_step(train_step(model, optimizer, config), mesh, shardings)
     begin = time.perf_counter()
     compiled = function.lower(like, batch).compile()
     memory = compiled.memory_analysis()
-    return Program(compiled, first, batch, B * T,
+    return Program(config, count_parameters(model), compiled, first, batch, B * T,
                    memory.argument_size_in_bytes + memory.temp_size_in_bytes
                    + memory.output_size_in_bytes - memory.alias_size_in_bytes,
                    time.perf_counter() - begin)

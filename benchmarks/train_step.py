@@ -97,42 +97,25 @@ def result(what: str, seconds: float, tokens: int, parameters: int, flops_per_to
 
 def ours(config: Any) -> dict[str, Any]:
     """The step as `hippocampus.training.loop` runs it."""
-    import numpy as np
+    import jax
 
-    from hippocampus.data.batches import Batch
-    from hippocampus.devices import choose, resolve, this_device
-    from hippocampus.models.build_model import build_model, count_parameters
+    from benchmarks.steps import compile_step
+    from hippocampus.devices import choose, this_device
     from hippocampus.models.flops import training_flops_per_token
-    from hippocampus.training import sharding
-    from hippocampus.training.optimizer import build_optimizer
-    from hippocampus.training.step import jit_train_step, sharded_init, train_step
 
-    config, _ = resolve(config)
-    model, mesh = build_model(config), sharding.make_mesh(config.mesh)
-    optimizer = build_optimizer(config.optimizer, config.train.steps)
-    make, _, shardings = sharded_init(model, optimizer, config, mesh)
-    step: Any = jit_train_step(train_step(model, optimizer, config), mesh, shardings)
-    B, T = config.train.batch_size, config.data.context
-    ids = np.random.default_rng(0).integers(0, config.model.vocab_size, (B, T + 1), dtype=np.int32)
-    documents = ([np.zeros((B, T), np.int32)] if config.data.documents == "packed" else [])
-    batch = sharding.to_devices(
-        Batch(ids[:, :-1], ids[:, 1:], np.ones((B, T), np.float32), *documents), mesh)
-    state = make()
-    compiled = step.lower(state, batch).compile()
-    held = [state]
-    del state
+    program = compile_step(config, jax.devices())
+    held = [program.first()]
 
     def run() -> Any:
-        held[0], metrics = compiled(held[0], batch)
+        held[0], metrics = program.step(held[0], program.batch)
         return metrics["train/loss"]
 
     seconds = median_seconds(run, batch_seconds=1.0, warm_up=3)
-    memory, k = compiled.memory_analysis(), config.train.grad_accumulation
-    size = (memory.argument_size_in_bytes + memory.temp_size_in_bytes
-            + memory.output_size_in_bytes - memory.alias_size_in_bytes)
-    note = f"{size / 2**30:.1f} GiB a device" + (f", {k} micro-batches" if k > 1 else "")
-    peak = choose(this_device()).peak_flops * mesh.size
-    return result(f"hippocampus {config.name}", seconds, B * T, count_parameters(model),
+    config, k = program.config, program.config.train.grad_accumulation
+    note = f"{program.bytes_per_device / 2**30:.1f} GiB a device" + (
+        f", {k} micro-batches" if k > 1 else "")
+    peak = choose(this_device()).peak_flops * len(jax.devices())
+    return result(f"hippocampus {config.name}", seconds, program.tokens, program.parameters,
                   training_flops_per_token(config), peak, note)
 
 
