@@ -39,16 +39,16 @@ class Choice:
 # bfloat16 is 2.4-3.2 times slower than float32 on CPUs; a T4 has no fast bfloat16 and no fused
 # attention, and float16 would need loss scaling. Compiled for TPUs, the chunked scan with its
 # gradient moves 12 (v4) to 54 (v3) array-sizes through the memory, the associative one 43 to 72,
-# and takes twice as long to compile. Fused attention moves a twentieth of what XLA's does; its
-# bfloat16 products do not compile for v2 and v3. Peaks are the vendors' dense figures per JAX
-# device (a v2/v3 device is one core of a chip).
+# and takes twice as long to compile; the kernels, compiled for v3 to v6e, move every array once.
+# Fused attention moves a twentieth of what XLA's does; its bfloat16 products do not compile for v2
+# and v3. Peaks are the vendors' dense figures per JAX device (a v2/v3 device is half a chip).
 _TABLE: tuple[tuple[str, str, float, Choice], ...] = (
     ("tpu", r"v2", 0, Choice("bfloat16", "xla", "chunked", 22.5e12)),
-    ("tpu", r"v3", 0, Choice("bfloat16", "xla", "chunked", 61.5e12)),
-    ("tpu", r"v4", 0, Choice("bfloat16", "flash", "chunked", 275e12)),
-    ("tpu", r"v5 ?lite|v5e", 0, Choice("bfloat16", "flash", "chunked", 197e12)),
-    ("tpu", r"v5", 0, Choice("bfloat16", "flash", "chunked", 459e12)),
-    ("tpu", r"v6", 0, Choice("bfloat16", "flash", "chunked", 918e12)),
+    ("tpu", r"v3", 0, Choice("bfloat16", "xla", "pallas", 61.5e12)),
+    ("tpu", r"v4", 0, Choice("bfloat16", "flash", "pallas", 275e12)),
+    ("tpu", r"v5 ?lite|v5e", 0, Choice("bfloat16", "flash", "pallas", 197e12)),
+    ("tpu", r"v5", 0, Choice("bfloat16", "flash", "pallas", 459e12)),
+    ("tpu", r"v6", 0, Choice("bfloat16", "flash", "pallas", 918e12)),
     ("tpu", r"", 0, Choice("bfloat16", "flash", "chunked")),
     ("gpu", r"H100|H200|H800|GH200", 9.0, Choice("bfloat16", "cudnn", "associative", 989e12)),
     ("gpu", r"A100|A800", 8.0, Choice("bfloat16", "cudnn", "associative", 312e12)),

@@ -126,6 +126,15 @@ def test_cudnn_is_taken_where_there_is_one():
     assert resolve(asked, A100)[0].model.attention.backend == "cudnn"
 
 
+@pytest.mark.parametrize(("kind", "attention", "scan"), [
+    ("TPU v2", "xla", "chunked"), ("TPU v3", "xla", "pallas"), ("TPU v4", "flash", "pallas"),
+    ("TPU v5 lite", "flash", "pallas"), ("TPU v6 lite", "flash", "pallas"),
+    ("TPU v9", "flash", "chunked")])
+def test_a_tpu_gets_the_kernels_that_compile_for_it(kind, attention, scan):
+    choice = choose(Device("tpu", kind))
+    assert (choice.attention, choice.scan) == (attention, scan)
+
+
 @pytest.mark.parametrize(("vocab_size", "device", "backend"), [
     (256, CPU, "full"), (8192, CPU, "full"), (8193, CPU, "chunked"), (32_000, CPU, "chunked"),
     (8192, H100, "full"), (8193, H100, "fused"), (32_000, A100, "chunked"),
