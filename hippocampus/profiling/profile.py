@@ -98,7 +98,8 @@ class Profile:
         """The table for a terminal."""
         table = Table(title=f"one step: {self.seconds * 1e3:.2f} ms on "
                       f"{self.devices} x {self.device}, mean of {self.steps}",
-                      title_justify="left", box=box.SIMPLE_HEAD)
+                      title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True,
+                      pad_edge=False)  # 80 columns hold it
         table.add_column("component", no_wrap=True)
         for column in ("ms", "of step", "forward", "backward", "roofline", "reached"):
             table.add_column(column, justify="right")
