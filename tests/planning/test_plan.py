@@ -33,11 +33,6 @@ def outcome(capsys, *arguments: str) -> tuple[int, str, list[str]]:
     return caught.value.code, out, err.splitlines()
 
 
-@pytest.fixture(autouse=True)
-def environment_stays(monkeypatch):
-    monkeypatch.setattr(topologies.os, "environ", {})
-
-
 def config_file(tmp_path, **changes) -> str:
     path = tmp_path / "tiny.py"
     values = {**tiny_run.TINY, **{k.replace("__", "."): v for k, v in changes.items()}}

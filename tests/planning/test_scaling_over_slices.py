@@ -9,16 +9,10 @@ from hippocampus.config_files import defaults, load_config
 from hippocampus.devices import chip, choose
 from hippocampus.errors import ConfigError
 from hippocampus.models.flops import training_flops_per_token
-from hippocampus.planning import topology as topologies
 from hippocampus.planning.scaling import scaling
 from hippocampus.planning.topology import find_topology
 
 V5E = find_topology("v5e:2x2")
-
-
-@pytest.fixture(autouse=True)
-def environment_stays(monkeypatch):
-    monkeypatch.setattr(topologies.os, "environ", {})
 
 
 def config(**changes):
