@@ -1,0 +1,1 @@
+"""Models of other projects: their checkpoints as trees of ours."""
