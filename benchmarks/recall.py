@@ -13,28 +13,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.side_by_side import fit_until_stopped, train_all
 from hippocampus.config_files import load_config
 from hippocampus.config_recall import held_out_kinds
-from hippocampus.errors import EXIT_TRY_AGAIN, HippocampusError, Stopped
+from hippocampus.errors import EXIT_TRY_AGAIN, HippocampusError
 from hippocampus.files import write_atomically
 from hippocampus.verbs import take_overrides
 
 MODELS = ("hybrid", "attention", "hopfield", "ssm")
 ACCURACY = "accuracy.json"
-_MEMORY = 0.9
-"""Share of a GPU's memory that all processes together take."""
 
 
 def main() -> int:
@@ -60,7 +55,11 @@ def main() -> int:
         load_config(f"{given.config}:{model}", overrides)  # refuses before anything starts
     code = 0
     if not given.only_table:
-        code = train_all(given, runs, overrides)
+        code = train_all(
+            lambda key: [__file__, f"--config={given.config}:{key[0]}", f"--worker={runs[key]}",
+                         *(f"--config.{name}={value}" for name, value in
+                           {"train.seed": str(key[1]), **overrides}.items())],
+            runs, result=ACCURACY, parallel=given.parallel, minutes=given.minutes)
     rows = table(runs)
     if rows:
         write(out, rows, given)
@@ -70,15 +69,8 @@ def main() -> int:
 
 def work(config: str, workdir: Path, overrides: Mapping[str, str]) -> int:
     """Trains one run to its end and scores it: what each process does."""
-    from hippocampus.training.loop import fit
-    from hippocampus.training.signals import StopSignal
-
-    with StopSignal(owns_process=True) as stop:
-        try:
-            fit(load_config(config, overrides), workdir, stop=stop)
-        except Stopped as error:
-            sys.stdout.write(f"stopped: {error.message}\n")
-            return EXIT_TRY_AGAIN
+    if not fit_until_stopped(config, workdir, overrides):
+        return EXIT_TRY_AGAIN
     write_atomically(workdir / ACCURACY, json.dumps(score(workdir), indent=2) + "\n")
     return 0
 
@@ -110,67 +102,6 @@ def score(workdir: Path) -> dict[str, Any]:
             "compute_dtype": config.model.compute_dtype,
             "tokens_per_second": statistics.median(speed) if speed else None,
             "environment": environment()}
-
-
-def train_all(given: argparse.Namespace, runs: Mapping[tuple[str, int], Path],
-              overrides: Mapping[str, str]) -> int:
-    """Runs what is not finished, some at once; returns 0, 75 or the code of what failed."""
-    todo = [key for key, path in runs.items() if not (path / ACCURACY).is_file()]
-    at_once = max(1, min(given.parallel or len(todo), len(todo)))
-    print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished; {at_once} at once",
-          flush=True)
-    stopping, codes = [], {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopping.append("a signal"))
-    begin, going, told = time.monotonic(), {}, False
-    while going or (todo and not stopping):
-        while todo and not stopping and len(going) < at_once:
-            key = todo.pop(0)
-            going[key] = start(given, key, runs[key], overrides, at_once)
-        time.sleep(0.2)
-        if given.minutes and time.monotonic() - begin > 60 * given.minutes and not stopping:
-            stopping.append(f"--minutes={given.minutes:g}")
-        if stopping and not told:
-            print(f"stopping ({stopping[0]}): every run saves", flush=True)
-            for process in going.values():
-                process.send_signal(signal.SIGTERM)
-            told = True
-        for key, process in list(going.items()):
-            if process.poll() is not None:
-                codes[key] = going.pop(key).returncode
-                print(f"{key[0]} seed {key[1]}: " + ("done" if not codes[key] else
-                      f"exit code {codes[key]}: {last_line(log_of(runs[key]))}"), flush=True)
-    # A run that had not begun when it was to stop knows no signals yet.
-    wrong = [code for code in codes.values() if code not in (0, EXIT_TRY_AGAIN, -signal.SIGTERM)]
-    return wrong[0] if wrong else EXIT_TRY_AGAIN if todo or any(codes.values()) else 0
-
-
-def start(given: argparse.Namespace, key: tuple[str, int], path: Path,
-          overrides: Mapping[str, str], at_once: int) -> subprocess.Popen:
-    """A process that trains and scores one run; what it prints goes to a file beside the folder."""
-    model, seed = key
-    path.parent.mkdir(parents=True, exist_ok=True)
-    flags = {"train.seed": str(seed), **overrides}
-    command = [sys.executable, __file__, f"--config={given.config}:{model}", f"--worker={path}",
-               *(f"--config.{name}={value}" for name, value in flags.items())]
-    environment = {
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{_MEMORY / at_once:.4f}",
-        "JAX_COMPILATION_CACHE_DIR": str(Path(given.out).resolve() / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **os.environ}
-    with log_of(path).open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment,
-                                cwd=os.getcwd(), start_new_session=True)
-
-
-def log_of(path: Path) -> Path:
-    """What a run printed; a run folder to be must be empty."""
-    return path.with_suffix(".log")
-
-
-def last_line(log: Path) -> str:
-    """Of what a run printed."""
-    lines = log.read_text("utf-8", "replace").strip().splitlines()
-    return lines[-1] if lines else ""
 
 
 # ---------------------------------------------------------------- the table
