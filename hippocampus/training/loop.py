@@ -134,7 +134,8 @@ def _fit(config: Config, workdir: str | Path | None, allow_changes: Collection[s
             _open_folder(folder, config, automatic, allow_changes, data, console)
         distributed.barrier()
         greet(console, config, folder, data, model)
-        with Checkpoints(folder.steps, config.checkpoint, console.say) as checkpoints:
+        with Checkpoints(folder.steps, config.checkpoint, console.say,
+                         run_file=folder.config) as checkpoints:
             job = _Job(config, folder, data, model, mesh, console, checkpoints, stop, watcher)
             trained = _train(job, started)
             stop.all_saved()
@@ -303,7 +304,7 @@ def _step(run: Run, state: TrainState, step: int, batch: Batch, compiles: bool) 
 def _save(run: Run, state: TrainState, n: int, eval_loss: float | None) -> None:
     if distributed.is_first() and not run.folder.config.is_file():
         raise HippocampusError(f"the run folder {run.folder.path} is gone or cannot be read",
-                               "mount it again and start the same command")
+                               "mount it again, or move it back, and start the same command")
     loss = eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None
     with run.during("checkpoint"):
         run.trackers.flush()
