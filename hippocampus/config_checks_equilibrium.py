@@ -20,14 +20,16 @@ _OF_THE_HYBRID = ("first_layer", "dominant_from_layer", "dominance")
 """Fields of a state-space layer that only the hybrid reads."""
 
 
-def check_equilibrium(config: Config) -> None:
+def check_equilibrium(config: Config, model: EquilibriumConfig) -> None:
     """Refuses fields of an equilibrium model that contradict each other or the rest of the config.
+
+    Args:
+      config: all of it.
+      model: its model.
 
     Raises:
       ConfigError: with the fields and the numbers that do not fit.
     """
-    model = config.model
-    assert isinstance(model, EquilibriumConfig)
     if config.loss.rectified_flow != RectifiedFlowConfig():
         raise ConfigError("loss.rectified_flow is set, and model.family is equilibrium",
                           "it is between the passes of the hybrid; loss.equilibrium.* has the "

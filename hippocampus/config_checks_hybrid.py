@@ -16,13 +16,16 @@ from hippocampus.config_refusals import check_divides, shown
 from hippocampus.errors import ConfigError
 
 
-def check_hybrid(config: Config) -> None:
+def check_hybrid(config: Config, model: HybridConfig) -> None:
     """Refuses fields of a hybrid model that contradict each other or the rest of the config.
+
+    Args:
+      config: all of it.
+      model: its model.
 
     Raises:
       ConfigError: with the fields and the numbers that do not fit.
     """
-    model = config.model
     _check_paths(model)
     if not model.hopfield.depth_schedule:
         raise ConfigError("model.hopfield.depth_schedule is empty", "give at least one number")

@@ -99,6 +99,7 @@ class HybridLM(nn.Module):
     def forward(
         self, batch: Batch, state: dict | None = None, *,
         interventions: Interventions = NEUTRAL, train: bool = False,
+        progress: Float[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Array], dict]:
         """Final hidden states of every token.
 
@@ -107,6 +108,7 @@ class HybridLM(nn.Module):
           state: carried between batches by models that need it; empty here.
           interventions: what a probe changes (evaluation only).
           train: dropout on; needs the random stream "dropout" where a dropout is above 0.
+          progress: share of the training that is over; nothing here depends on it.
 
         Returns:
           hidden_BTD (normalised, compute dtype), `out`, and the state. `out["segments.hidden"]`
