@@ -160,12 +160,9 @@ def test_a_page_says_what_the_model_is_made_of(overrides, outline, tags):
 
 
 def test_an_impossible_setting_ends_with_64_before_data_is_looked_for(tmp_path):
-    file = tmp_path / "bad.py"
-    file.write_text("from hippocampus.config_files import defaults\n\n"
-                    "def get_config():\n    return defaults('equilibrium')\n")
-    command = tiny_run.command(tmp_path / "run")[:3]
-    done = tiny_run.run([*command, f"--config={file}", f"--workdir={tmp_path / 'run'}",
-                         "--config.data.corpus=missing.txt", "--config.model.cell.copies=3"])
+    done = tiny_run.run(tiny_run.command(
+        tmp_path / "run", model__family="equilibrium", model__cell__copies=3,
+        data__corpus=tmp_path / "missing.txt"))
     assert done.returncode == 64 and done.stdout == "" and not (tmp_path / "run").exists()
     first, second = done.stderr.splitlines()
     assert first == "error: model.cell.copies = 3 has no fixed point"
