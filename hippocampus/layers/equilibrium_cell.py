@@ -91,7 +91,7 @@ class EquilibriumCell(nn.Module):
         self.part_scale = self.param("part_scale", nn.initializers.constant(cfg.gain),
                                      (len(cfg.parts), D))
         if "ssm" in cfg.parts:
-            self.ssm = state_space(cfg.ssm, self.n_heads, dtype=self.dtype)
+            self.ssm = state_space(cfg.ssm, self.n_heads, self.norm_epsilon, dtype=self.dtype)
         if "mlp" in cfg.parts:
             self.mlp = MLP(cfg.mlp, self.dtype)
         if "hopfield" not in cfg.parts:
@@ -264,8 +264,8 @@ class EquilibriumCell(nn.Module):
         cfg, H, D = self.config, self.n_heads, self.d_model
         ssm = keys = None
         if "ssm" in cfg.parts:
-            ssm = state_space(cfg.ssm, H, dtype=self.dtype, parent=None).init_cache(
-                batch, max_length, D)
+            ssm = state_space(cfg.ssm, H, self.norm_epsilon, dtype=self.dtype,
+                              parent=None).init_cache(batch, max_length, D)
         if self._has_keys:
             keys = jnp.zeros((batch, H, max_length, D // H), self.dtype)
         return CellCache(ssm, keys)
