@@ -66,7 +66,7 @@ class Solution(NamedTuple):
     """Evaluations of f until the token froze."""
     residual: Float[Array, "*tokens"]
     """|f(z) - z| / (|f(z)| + 1e-8) at the result, float32; infinite if f was never finite."""
-    residual_trace: Float[Array, "K *tokens"]
+    residual_trace: Float[Array, "K ..."]
     """That of every evaluation; when a token has frozen, its last one is repeated."""
     evaluations: Int[Array, ""]
     """Calls of f that were made, without those of the gradient."""
@@ -81,7 +81,6 @@ def fixed_point(
     regularization: float = 1e-6, granularity: str = "token", causal: bool = True,
     document_ids: Int[Array, "*tokens"] | None = None,
     done: Callable[[Array, Array], Bool[Array, "*tokens"]] | None = None,
-    earliest: Int[Array, "*#tokens"] | None = None,
     gradient: str = "implicit", phantom_steps: int = 1, backward_iterations: int = 30,
     backward_tol: float = 1e-4, remat: bool = False, indexed: bool = False, record: bool = False,
 ) -> Solution:
@@ -106,8 +105,6 @@ def fixed_point(
         when all earlier ones of its document have. False: tokens freeze by themselves.
       document_ids: document of each token, in runs; None = one document a row.
       done: (z, f(z)) -> whether a token has converged in other respects too.
-      earliest: the first evaluation, from 0, at which a token may freeze, such as that of a token
-        before it which is not among these; None = 0.
       gradient: "implicit", "phantom", "unroll" or "none"; see the module.
       phantom_steps: steps that "phantom" makes.
       backward_iterations: products with the Jacobian at most, for "implicit".
@@ -137,7 +134,7 @@ def fixed_point(
         done = _constant(done, z0)
     rules = loop.Rules(
         units=units, freeze=loop.prefixes(document_ids) if causal else loop.each,
-        tol=jnp.asarray(tol, jnp.float32), done=done, epsilon=_EPSILON, earliest=earliest,
+        tol=jnp.asarray(tol, jnp.float32), done=done, epsilon=_EPSILON,
         limit=jnp.clip(max_iterations if limit is None else limit, 0, max_iterations))
     step = METHODS[method](units, damping, memory, regularization)
 
@@ -209,11 +206,12 @@ def _constant(done: Callable[..., Array], z: Array) -> Callable[..., Array]:
 
 def _phantom(f: Callable[..., Array], z: Array, inputs: Any, damping: float, steps: int,
              evaluations: Array) -> tuple[Array, Array]:
-    for _ in range(steps):
+    def step(z: Array, _: None) -> tuple[Array, None]:
         at, guarded = _finite_gradient((z, inputs))
         new = z + damping * (f(guarded, at) - z)
-        z = jnp.where(jnp.isfinite(new).all(-1, keepdims=True), new, z)
-    return z, evaluations + steps
+        return jnp.where(jnp.isfinite(new).all(-1, keepdims=True), new, z), None
+
+    return lax.scan(step, z, None, length=steps)[0], evaluations + steps
 
 
 def _implicit(f: Callable[..., Array], value: Array, inputs: Any, method: Method,
@@ -224,7 +222,7 @@ def _implicit(f: Callable[..., Array], value: Array, inputs: Any, method: Method
 
     def join(floats: list, others: list) -> Any:
         sources = {True: iter(floats), False: iter(others)}
-        return tree.unflatten([next(sources[float_]) for float_ in is_float])
+        return jax.tree.unflatten(tree, [next(sources[float_]) for float_ in is_float])
 
     @jax.custom_vjp
     def attach(value: Array, floats: list, others: list) -> Array:
@@ -261,14 +259,14 @@ def _adjoint(transposed: Callable[[Array], Array], g: Array, method: Method, ite
 
 def _solution(end: loop.Carry, value: Array, evaluations: Array,
               tokens: tuple[int, ...]) -> Solution:
-    def spread(a: Array, *front: int) -> Array:
-        return jnp.broadcast_to(a, (*front, *tokens))
-
-    return Solution(*lax.stop_gradient(Solution(
+    assert end.trace is not None
+    spread = functools.partial(jnp.broadcast_to, shape=tokens)
+    found = Solution(
         value=value, converged=spread(end.frozen), iterations=spread(end.iterations),
         residual=spread(end.best_residual), evaluations=evaluations,
-        residual_trace=spread(end.trace, len(end.trace)),
-        iterates=end.iterates)))._replace(value=value)
+        residual_trace=jnp.broadcast_to(end.trace, (len(end.trace), *tokens)),
+        iterates=end.iterates)
+    return Solution(*lax.stop_gradient(found))._replace(value=value)
 
 
 @jax.custom_vjp

@@ -28,7 +28,6 @@ class Rules(NamedTuple):
     limit: Int[Array, ""]
     done: Callable[[Array, Array], Bool[Array, "*tokens"]] | None
     epsilon: float
-    earliest: Int[Array, "*#units"] | None = None
 
 
 class Carry(NamedTuple):
@@ -42,7 +41,7 @@ class Carry(NamedTuple):
     iterations: Int[Array, "*units"]
     residual: Float[Array, "*units"]
     memory: Any
-    trace: Float[Array, "K *units"] | None
+    trace: Float[Array, "K ..."] | None
     iterates: Float[Array, "K *tokens D"] | None
 
 
