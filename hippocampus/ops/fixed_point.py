@@ -81,6 +81,7 @@ def fixed_point(
     regularization: float = 1e-6, granularity: str = "token", causal: bool = True,
     document_ids: Int[Array, "*tokens"] | None = None,
     done: Callable[[Array, Array], Bool[Array, "*tokens"]] | None = None,
+    earliest: Int[Array, "*#tokens"] | None = None,
     gradient: str = "implicit", phantom_steps: int = 1, backward_iterations: int = 30,
     backward_tol: float = 1e-4, remat: bool = False, indexed: bool = False, record: bool = False,
 ) -> Solution:
@@ -105,6 +106,8 @@ def fixed_point(
         when all earlier ones of its document have. False: tokens freeze by themselves.
       document_ids: document of each token, in runs; None = one document a row.
       done: (z, f(z)) -> whether a token has converged in other respects too.
+      earliest: the first evaluation, from 0, at which a token may freeze, such as that of a token
+        before it which is not among these; None = 0.
       gradient: "implicit", "phantom", "unroll" or "none"; see the module.
       phantom_steps: steps that "phantom" makes.
       backward_iterations: products with the Jacobian at most, for "implicit".
@@ -134,7 +137,7 @@ def fixed_point(
         done = _constant(done, z0)
     rules = loop.Rules(
         units=units, freeze=loop.prefixes(document_ids) if causal else loop.each,
-        tol=jnp.asarray(tol, jnp.float32), done=done, epsilon=_EPSILON,
+        tol=jnp.asarray(tol, jnp.float32), done=done, epsilon=_EPSILON, earliest=earliest,
         limit=jnp.clip(max_iterations if limit is None else limit, 0, max_iterations))
     step = METHODS[method](units, damping, memory, regularization)
 

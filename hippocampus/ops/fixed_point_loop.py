@@ -28,6 +28,7 @@ class Rules(NamedTuple):
     limit: Int[Array, ""]
     done: Callable[[Array, Array], Bool[Array, "*tokens"]] | None
     epsilon: float
+    earliest: Int[Array, "*#units"] | None = None
 
 
 class Carry(NamedTuple):
@@ -123,6 +124,8 @@ def _step(f: Callable[[Array, Array], Array], method: Method, rules: Rules, at: 
     ok = finite & (residual <= rules.tol)
     if rules.done is not None:
         ok &= units.all(rules.done(at.z, fz)[..., None])
+    if rules.earliest is not None:
+        ok &= at.k >= rules.earliest
     moving = ~at.frozen & (at.k < rules.limit)
     frozen = rules.freeze(at.frozen | (moving & ok))
     # What a token freezes at is its result: an earlier iterate with a smaller residual met other
