@@ -3,8 +3,7 @@
     :equilibrium (the default)  Mamba layers, then one cell (state space, Hopfield memory of learned
                                 patterns, MLP) that is iterated to its fixed point
     :explicit                   the same parameters, the cell applied once
-    :untied                     the same FLOPs: as many cells, each with its own weights, as the
-                                equilibrium has sweeps at most
+    :untied                     the same FLOPs: eight cells in a row, each with weights of its own
 
 Command:   python -m hippocampus.train --config=configs/equilibrium_shakespeare.py
 Tokens:    2,000 steps of 16 x 512 = 16.4 million characters, as configs/shakespeare.py:3.5m reads
@@ -12,8 +11,8 @@ Hardware:  any one device; a step costs as many cells as there are sweeps, forwa
 Result:    not measured yet
 Control:   `explicit` says what the iteration is worth, `untied` what tying the weights costs; all
            three read the same characters in the same order
-FLOPs:     counted for every sweep that is allowed. Tokens that converge earlier stop earlier, so
-           the equilibrium may take less time than its count says
+FLOPs:     counted for every sweep that is allowed, forward and backward (--check prints them).
+           Tokens that converge end a solve earlier, so it may take less time than its count says
 
 Solvers:                  --config.model.solver.method=picard --config.model.solver.schedule=cascade
 Gradient of the last sweeps, or of all:          --config.model.solver.gradient=phantom (or unroll)
@@ -27,7 +26,9 @@ from hippocampus.errors import ConfigError
 
 KINDS = ("equilibrium", "explicit", "untied")
 SWEEPS = 12
-"""Of the equilibrium at most, forward and backward; cells of `untied`."""
+"""Of the equilibrium at most, and as many of its gradient."""
+CELLS = 8
+"""Of `untied`; a product with the Jacobian costs less than a sweep with its gradient."""
 
 
 def get_config(kind: str = "equilibrium") -> ConfigDict:
@@ -64,7 +65,7 @@ def get_config(kind: str = "equilibrium") -> ConfigDict:
         config.loss.equilibrium.jacobian_weight = 0.1
     else:
         config.model.solver.method = "explicit"
-        config.model.cell.copies = SWEEPS if kind == "untied" else 1
+        config.model.cell.copies = CELLS if kind == "untied" else 1
     config.eval.batch_size = 32
     config.eval.every_steps = 125
     config.checkpoint.every_steps = 250

@@ -20,6 +20,8 @@ from hippocampus.config_files import start_from
 from hippocampus.errors import ConfigError
 
 KINDS = ("equilibrium", "explicit", "untied")
+CELLS = 8
+"""Of `untied`: about the FLOPs of the equilibrium's sweeps and of their gradient."""
 
 
 def get_config(kind: str = "equilibrium") -> ConfigDict:
@@ -46,11 +48,11 @@ def get_config(kind: str = "equilibrium") -> ConfigDict:
     config.model.hopfield.n_slots = 1024
     config.loss.label_smoothing = 0.1
     if kind != "equilibrium":
-        sweeps = config.model.solver.max_iterations
         config.model.solver.method = "explicit"
         config.model.solver.warmup_fraction = 0.0
         config.model.solver.ramp_fraction = 0.0
-        config.model.cell.copies = sweeps if kind == "untied" else 1
+        config.model.solver.jitter = 0
+        config.model.cell.copies = CELLS if kind == "untied" else 1
         config.loss.equilibrium.jacobian_weight = 0.0
     config.eval.every_steps = 250
     config.checkpoint.every_steps = 500

@@ -100,6 +100,9 @@ def _check_solver(model: EquilibriumConfig) -> None:
     if solver.jitter >= solver.max_iterations:
         raise ConfigError(f"model.solver.jitter = {solver.jitter} is not below max_iterations = "
                           f"{solver.max_iterations}", "at least one sweep has to be left")
+    if solver.cache == "iterations" and solver.schedule == "cascade":
+        raise ConfigError("model.solver.cache is iterations, and model.solver.schedule cascade",
+                          "the state is solved for within every sweep: take cache=equilibrium")
     if solver.on_expansion != "report" and not solver.tol_fixedpoint:
         raise ConfigError(f"model.solver.on_expansion is {solver.on_expansion}, and "
                           "tol_fixedpoint 0", "no token ever converges to nothing: give a "

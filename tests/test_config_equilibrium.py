@@ -58,6 +58,8 @@ REFUSED = [
     ({"model.solver.jitter": 4, "model.solver.max_iterations": 4}, "model.solver.jitter = 4"),
     ({"model.solver.on_expansion": "skip", "model.solver.tol_fixedpoint": 0.0},
      "model.solver.on_expansion is skip, and tol_fixedpoint 0"),
+    ({"model.solver.cache": "iterations", "model.solver.schedule": "cascade"},
+     "model.solver.cache is iterations, and model.solver.schedule cascade"),
     ({"model.cell.parts": ("ssm", "mlp"), "loss.equilibrium.energy_weight": 0.1},
      "loss.equilibrium.energy_weight needs hopfield in model.cell.parts"),
     ({**EXPLICIT, "loss.equilibrium.jacobian_weight": 1.0},
