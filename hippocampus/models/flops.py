@@ -10,10 +10,11 @@ they count for every pass all the same.
 
 from __future__ import annotations
 
-from hippocampus.config import PATHS, Config, HybridConfig
+from hippocampus.config import PATHS, Config, HybridConfig, SSMConfig
 from hippocampus.layers.mlp import mlp_width
 from hippocampus.models.hybrid_block import BlockSpec, block_specs
-from hippocampus.models.hybrid_lm import padded_vocabulary
+from hippocampus.ops import ssd
+from hippocampus.ops.embedding import padded_vocabulary
 
 
 def training_flops_per_token(config: Config) -> float:
@@ -48,6 +49,28 @@ def training_flops_by_component(config: Config) -> dict[str, float]:
             "loss": 3 * (head + factor) * supervised, "embedding": 3 * factor}
 
 
+def ssm_flops(ssm: SSMConfig, d_model: int, n_heads: int, context: int) -> float:
+    """Forward FLOPs per token of a state-space path; SSD's scan is matrix products, and counts.
+
+    Args:
+      ssm: the path's fields.
+      d_model: width D.
+      n_heads: blocks of the gated kind's gates.
+      context: tokens of a sequence; of a chunk of SSD, a token sees half.
+    """
+    D, E, N = d_model, ssm.expansion * d_model, ssm.d_state
+    if ssm.kind == "gru":
+        return 2 * 4 * D * E + 2 * 3 * E * E
+    if ssm.kind == "s6":
+        R = ssm.dt_rank or -(-D // 16)
+        return 2 * (3 * D * E + ssm.d_conv * E + E * (R + 2 * N) + R * E)
+    if ssm.kind == "ssd":
+        both, seen = ssm.n_groups * N, (min(ssd.CHUNK, context) + 1) / 2
+        projections = D * (2 * E + 2 * both + E / ssm.head_width) + E * D
+        return 2 * (projections + ssm.d_conv * (E + 2 * both) + seen * (both + E) + 2 * E * N)
+    return 2 * 3 * D * E + 2 * ssm.d_conv * E + (4 * E * E / n_heads if ssm.kind == "gated" else 0)
+
+
 def _block(model: HybridConfig, spec: BlockSpec, context: int) -> dict[str, float]:
     """Forward FLOPs per token of one block, part by part."""
     D, seen = model.d_model, (context + 1) / 2
@@ -55,12 +78,7 @@ def _block(model: HybridConfig, spec: BlockSpec, context: int) -> dict[str, floa
     parts = {"mixer": 2.0 * D * model.mixer.width + 2.0 * model.mixer.width * len(spec.paths),
              "mlp": 2.0 * matrices * D * mlp_width(model.mlp, D)}
     if "ssm" in spec.paths:
-        E = model.ssm.expansion * D
-        if model.ssm.kind == "gru":
-            parts["ssm"] = 2 * 4 * D * E + 2 * 3 * E * E
-        else:
-            parts["ssm"] = 2 * 3 * D * E + 2 * model.ssm.d_conv * E + (
-                4 * E * E / model.n_heads if model.ssm.kind == "gated" else 0)
+        parts["ssm"] = ssm_flops(model.ssm, D, model.n_heads, context)
     if "hopfield" in spec.paths:
         patterns = (seen if model.hopfield.patterns != "slots" else 0) + (
             model.hopfield.n_slots if model.hopfield.patterns != "context" else 0)

@@ -22,17 +22,11 @@ from hippocampus.models.interventions import NEUTRAL, Interventions
 from hippocampus.models.layer_stack import run_layers
 from hippocampus.models.segment_reasoner import SegmentReasoner
 from hippocampus.ops.cross_entropy import Head
-from hippocampus.ops.embedding import embed
+from hippocampus.ops.embedding import embed, padded_vocabulary
 from hippocampus.ops.kernels import decode_gpu
 
-VOCAB_MULTIPLE = 128
 _NOISE = 2**31
 """Random stream of the token noise; those of the passes are counted from 0."""
-
-
-def padded_vocabulary(vocab_size: int) -> int:
-    """Rows of an embedding table: tables divide well over devices and tiles."""
-    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 @struct.dataclass

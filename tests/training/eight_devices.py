@@ -37,6 +37,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "model__ssm__kind": "diagonal", "model__hopfield__rope": True, "model__dropout": 0.1,
         "model__attention__window": 5, "train__grad_accumulation": 2,
         "model__embedding_width": 8, "model__token_noise": 0.1},
+    "s6": {**COMMON, "model__paths": ("ssm",), "model__ssm__kind": "s6"},
+    "ssd": {**COMMON, "model__paths": ("ssm",), "model__ssm__kind": "ssd",
+            "model__ssm__expansion": 2.0, "model__ssm__head_width": 8},
 }
 
 

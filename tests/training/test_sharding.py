@@ -61,6 +61,8 @@ def test_every_shape_of_mesh_gives_the_numbers_of_one_device(axes):
     cases = {"a": ("everything", axes)}
     if axes in SHAPES_OF_PACKED:  # two micro-batches of four rows
         cases["b"] = ("packed", axes)
+    if axes in ((1, 2, 2, 2), (2, 1, 1, 4)):
+        cases |= {kind: (kind, axes) for kind in ("s6", "ssd")}
     found, stderr = eight_devices.on_eight_devices(SCRIPT, json.dumps(cases))
     for case in found.values():
         assert_like_one_device(case)
@@ -210,10 +212,12 @@ class Mesh222(Mesh4):
 # Parameters that lie whole on every device, and why.
 WHOLE = {
     r"scale$|bias$|log_beta$|time_kernel$|skip$": "vectors: less than a thousandth of a matrix",
-    r"(ssm/log_decay|ssm/input_scale)$": "a vector in the gated kind",
+    r"(ssm/log_decay|ssm/input_scale)$": "a vector in the gated kind and in SSD",
 }
 
 OF_KIND = {"gated": ("conv_kernel", "gates/kernel"), "diagonal": ("conv_kernel", "log_decay"),
+           "s6": ("conv_kernel", "select/kernel", "step/kernel", "log_decay"),
+           "ssd": ("conv_kernel",),
            "gru": ("recurrent_kernel",)}
 
 
@@ -223,7 +227,7 @@ def test_every_parameter_but_vectors_is_spread_over_fsdp_and_tensor(monkeypatch,
     config, _ = resolve(tiny_run.config(
         model__d_model=256, model__n_heads=4, model__mixer__width=32, model__mlp__width=512,
         model__segments__controller_width=32, model__vocab_size=30_000, model__ssm__kind=kind,
-        model__ssm__input_scale=True, loss__rectified_flow__segment_weight=0.1,
+        model__ssm__input_scale=kind not in ("s6", "ssd"), loss__rectified_flow__segment_weight=0.1,
         model__embedding_width=8,
         **{**eight_devices.MODELS["everything"], "model__hopfield__n_slots": 64}))
     shapes = parameter_shapes(build_model(config))
