@@ -67,6 +67,9 @@ class OptimizerConfig:
     no_decay: tuple[str, ...] = setting(
         (r"(bias|scale|log_decay|log_beta|skip|input_scale)$",),
         "regular expressions over parameter paths that weight decay leaves alone")
+    groups: tuple[tuple[str, float, float], ...] = setting(
+        (), "(regular expression over the parameter path, its learning rate / learning_rate, its "
+        "weight decay instead of weight_decay); the first match counts, and no_decay holds")
     clip_norm: float = setting(1.0, "largest global gradient norm; 0 = no clipping", low=0)
 
 
@@ -240,7 +243,7 @@ class MeshConfig:
     tensor: int = count(1, "size over which heads and widths are split")
     sequence: int = count(1, "size over which the time axis is split")
     rules: tuple[tuple[str, str], ...] = setting(
-        ((r"embedding$|head$", "tensor,fsdp"), (r"(out|down)/kernel$", "tensor,fsdp"),
+        ((r"embedding$|head$", "tensor,fsdp"), (r"(out|down|select)/kernel$", "tensor,fsdp"),
          (r"embedding_up/kernel$", "-,tensor+fsdp"), (r"head_down$", "tensor+fsdp,-"),
          (r"slots$", "fsdp,tensor,-"), (r"ssm/gates/kernel$", "tensor,fsdp,-"),
          (r"(conv_kernel|gates/bias)$", "-,tensor+fsdp"),

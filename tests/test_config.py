@@ -450,6 +450,15 @@ def test_config_is_frozen():
     ({"model.ssm.expansion": 1.501}, "is not whole"),
     ({"model.d_model": 12, "model.n_heads": 6, "model.ssm.expansion": 1.25},
      "model.ssm.expansion * model.d_model = 15 is not a multiple of model.n_heads = 6"),
+    ({"model.ssm.kind": "ssd", "model.ssm.head_width": 100},
+     "model.ssm.expansion * model.d_model = 384 is not a multiple of model.ssm.head_width = 100"),
+    ({"model.ssm.kind": "ssd", "model.ssm.n_groups": 4},
+     "model.ssm has 6 heads (model.ssm.expansion * model.d_model / model.ssm.head_width), which "
+     "model.ssm.n_groups = 4 does not divide"),
+    ({"model.ssm.kind": "ssd", "model.ssm.backend": "pallas"},
+     "model.ssm.backend is pallas, and model.ssm.kind ssd"),
+    ({"model.ssm.kind": "s6", "model.ssm.input_scale": True},
+     "model.ssm.input_scale is True, and model.ssm.kind s6"),
     ({"model.paths": ()}, "model.paths is ()"),
     ({"model.paths": ("ssm", "ssm")}, "model.paths is ('ssm', 'ssm')"),
     ({"model.paths": ("ssm",), "model.ssm.first_layer": 2}, "layer 0 has no path"),
@@ -501,5 +510,7 @@ def test_layer_paths_come_in_the_order_of_paths_and_start_late():
     assert layer_paths(model) == (("attention",), ("attention",), ("ssm", "hopfield"))
 
 
-def test_check_together_returns_the_config():
-    assert check_together(Config()) == Config() and set(FAMILIES) == {"hybrid"}
+@pytest.mark.parametrize("family", FAMILIES)
+def test_check_together_returns_the_config(family):
+    config = Config(model=FAMILIES[family]())
+    assert check_together(config) is config and config.model.family == family

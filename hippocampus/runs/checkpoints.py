@@ -7,6 +7,7 @@ which go, is decided here: a full disk, a flipped bit or a kill may cost a save,
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig | None = None,
-                 say: Callable[[str], None] | None = None):
+                 say: Callable[[str], None] | None = None, run_file: Path | None = None):
         """Opens the folder.
 
         Args:
@@ -55,12 +56,15 @@ class Checkpoints:
           config: retention, for the one that trains: what a killed save left is removed;
             None = nothing is ever deleted.
           say: called with a line that a person should see, on every process; default: silent.
+          run_file: a file that shows that the run is still here. Where it was moved away or
+            unmounted, writers make folders anew: without this file what they wrote is no step.
 
         Raises:
           CheckpointError: the folder cannot be written.
         """
         self._folder, self._config = folder.absolute(), config
         self._say = say or (lambda line: None)
+        self._run_file = run_file.absolute() if run_file is not None else None
         self._orbax = OrbaxStep()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: _Pending | None = None
@@ -311,6 +315,9 @@ class Checkpoints:
         response.result()
         notes: list[str] = []
         if distributed.is_first():
+            if self._is_gone():
+                step_folders.withdraw(self._folder / str(step))
+                raise FileNotFoundError(errno.ENOENT, "gone meanwhile", str(self._run_file))
             try:
                 write_manifest(self._folder / str(step))
             except OSError as error:
@@ -346,11 +353,16 @@ class Checkpoints:
         self._failures += 1
         if distributed.is_first():
             step_folders.clean(self._folder)
+            if self._is_gone():
+                step_folders.remove_empty(self._folder)
         if fatal and self._failures >= FAILURES_IN_A_ROW:
             raise HippocampusError(f"{self._failures} saves in a row failed, of step {step} "
                                    f"because: {problem}",
                                    "what was saved before is whole: the run can go on from it")
         self._say(f"warning: step {step} was not saved: {problem}")
+
+    def _is_gone(self) -> bool:
+        return self._run_file is not None and not self._run_file.is_file()
 
     @contextlib.contextmanager
     def _on_first(self, what: str) -> Iterator[None]:

@@ -81,6 +81,18 @@ def clean(folder: Path) -> None:
                 _remove(path)
 
 
+def withdraw(step_folder: Path) -> None:
+    """Takes back the mark that a step is whole, as far as the disk lets it; `clean` removes it."""
+    with contextlib.suppress(OSError):
+        (step_folder / COMMITTED).unlink()
+
+
+def remove_empty(folder: Path) -> None:
+    """Removes the folder of steps, where nothing is in it."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
 def score(step_folder: Path, eval_loss: float) -> None:
     """Adds the eval/loss of a step that was evaluated after it was saved.
 

@@ -40,7 +40,7 @@ from hippocampus.training import rollback, sharding
 from hippocampus.training.clock import Clock, summary
 from hippocampus.training.console import RunConsole
 from hippocampus.training.data import read_data, with_steps
-from hippocampus.training.guard import released, statistics_of
+from hippocampus.training.guard import released, statistics_of, zeros_like
 from hippocampus.training.optimizer import build_optimizer
 from hippocampus.training.report import conclude, greet
 from hippocampus.training.resume import check_resumable
@@ -134,7 +134,8 @@ def _fit(config: Config, workdir: str | Path | None, allow_changes: Collection[s
             _open_folder(folder, config, automatic, allow_changes, data, console)
         distributed.barrier()
         greet(console, config, folder, data, model)
-        with Checkpoints(folder.steps, config.checkpoint, console.say) as checkpoints:
+        with Checkpoints(folder.steps, config.checkpoint, console.say,
+                         run_file=folder.config) as checkpoints:
             job = _Job(config, folder, data, model, mesh, console, checkpoints, stop, watcher)
             trained = _train(job, started)
             stop.all_saved()
@@ -181,7 +182,8 @@ def _train(job: _Job, started: float) -> bool:
     rollbacks = Rollbacks.read(job.folder.rollbacks)
 
     def restore(before: int | None = None) -> tuple[int, Callable[[], TrainState]]:
-        found = job.checkpoints.restore_newest(like.trees(), before=before, optional=("guard",))
+        found = job.checkpoints.restore_newest(
+            like.trees(), before=before, optional=("guard", "carried"))
         if found is None:
             return 0, first_state
         step, trees = found
@@ -207,7 +209,9 @@ def _train(job: _Job, started: float) -> bool:
             before = candidates[-1]
         done, make_state = restore(before)
         state = make_state()
-        state = dataclasses.replace(state, guard=released(state.guard))
+        # What it carried belongs to the batches that are left out now.
+        state = dataclasses.replace(state, guard=released(state.guard),
+                                    carried=zeros_like(state.carried))
         rollbacks = rollbacks.add(at, done)
         job.checkpoints.set_aside(done, "rolled_back")
         console.say(f"warning: going back from step {at} to {done or 'the beginning'} and past the "
@@ -303,7 +307,7 @@ def _step(run: Run, state: TrainState, step: int, batch: Batch, compiles: bool) 
 def _save(run: Run, state: TrainState, n: int, eval_loss: float | None) -> None:
     if distributed.is_first() and not run.folder.config.is_file():
         raise HippocampusError(f"the run folder {run.folder.path} is gone or cannot be read",
-                               "mount it again and start the same command")
+                               "mount it again, or move it back, and start the same command")
     loss = eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None
     with run.during("checkpoint"):
         run.trackers.flush()

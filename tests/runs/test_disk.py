@@ -1,6 +1,7 @@
 """Full and vanished disks, and kills at any moment: what they cost is one save."""
 
 import contextlib
+import errno
 import os
 import random
 import resource
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from hippocampus.errors import CheckpointError, HippocampusError
 from hippocampus.runs import step_folders
 from hippocampus.runs.checkpoints import FAILURES_IN_A_ROW, Checkpoints, abstract
 from hippocampus.runs.manifest import MANIFEST, has_manifest
+from hippocampus.runs.orbax_step import OrbaxStep
 from hippocampus.runs.step_folders import COMMITTED
 
 KEEP_ALL = CheckpointConfig(keep_latest=100)
@@ -177,6 +180,41 @@ def test_a_folder_that_vanishes_is_one_line_a_save(tmp_path):
         shutil.rmtree(folder)
         assert checkpoints.save(2, TREES, None) is False
     assert lines == [f"warning: step 2 was not saved: {folder}: No such file or directory"]
+
+
+@pytest.mark.parametrize("made_anew", [True, False])
+def test_a_run_that_is_moved_in_the_middle_of_a_save_loses_that_save_and_leaves_no_step_behind(
+        tmp_path, monkeypatch, made_anew):
+    run, moved, lines = tmp_path / "run", tmp_path / "moved", []
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    write = OrbaxStep.write
+
+    def write_and_move(self, folder, *rest):
+        response = write(self, folder, *rest)
+
+        def result():
+            response.result()
+            run.rename(moved)
+            if not made_anew:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+            shutil.copytree(moved / "steps" / "2", folder)  # as whole as Orbax can see
+
+        return SimpleNamespace(result=result)
+
+    with Checkpoints(run / "steps", KEEP_ALL, lines.append,
+                     run_file=run / "config.json") as checkpoints:
+        checkpoints.save(1, TREES, 1.0)
+        checkpoints.wait()
+        monkeypatch.setattr(OrbaxStep, "write", write_and_move)
+        checkpoints.save(2, TREES, 0.5)
+        checkpoints.wait()
+        assert (checkpoints.steps, checkpoints.best) == ([1], 1)
+    why = (f"{run / 'config.json'}: gone meanwhile" if made_anew
+           else f"{run / 'steps' / '2'}: No such file or directory")
+    assert lines == [f"warning: step 2 was not saved: {why}"]
+    assert not (run / "steps").exists()
+    assert_whole(moved / "steps", 1)
 
 
 def test_a_file_in_the_place_of_the_folder_is_a_checkpoint_error(tmp_path):

@@ -19,11 +19,20 @@ if TYPE_CHECKING:
 
 TITLE = "How long the channels of the state-space path remember"
 
+FAMILIES = ("hybrid",)
+"""What it looks into."""
+
 _COLUMNS = (
     Column("layer", "layer"), Column("channels", "channels"), Column("decay", "decay (median)"),
     Column("low", "10 %", "tokens", 1), Column("median", "median", "tokens", 1),
     Column("high", "90 %", "tokens", 1), Column("beyond", "beyond the context", "share", 3),
     Column("selectivity", "selectivity", "sd / mean", 2))
+
+
+_NOTES = {
+    "gru": ("a GRU's decay is its update gate",),
+    "s6": ("each of S6's N decays a channel counts as a channel",),
+    "ssd": ("SSD has one decay a head: heads are counted, not channels",)}
 
 
 def run(probe: Probe) -> SuiteResult:
@@ -50,8 +59,7 @@ def run(probe: Probe) -> SuiteResult:
         "over the tokens; quantiles are over channels",
         "selectivity: how much -log decay varies from token to token (0 = the same for every "
         "token), its standard deviation over its mean, median channel",
-        *(("a GRU's decay is its update gate",)
-          if probe.config.model.ssm.kind == "gru" else ()))
+        *_NOTES.get(probe.config.model.ssm.kind, ()))
     table = ResultTable("memory", "Memory of the state-space channels", _COLUMNS, tuple(rows),
                         (probe.protocol,), notes)
     n = sum(len(length) for length in lengths.values())
