@@ -1,4 +1,4 @@
-"""The equilibrium model read on from a cache: exactly, to the solver's tolerance, and row by row."""
+"""The equilibrium model read on from a cache: exactly, to the solver's tolerance, row by row."""
 
 import functools
 
