@@ -59,8 +59,8 @@ class SolverConfig:
     inner_iterations: int = count(10, "state updates at most in a sweep (cascade)", high=1000)
     tol_fixedpoint: float = setting(1e-3, "relative residual at which a token's state has "
                                     "converged; 0 = every sweep is run", low=0, below=1)
-    tol_energy: float = setting(1e-3, "change of the energy at which a token's retrieval has "
-                                "converged", low=0, high=1e6)
+    tol_energy: float = setting(1e-3, "most energy that a retrieval step of a converged token can "
+                                "still gain, bounded by the length of the step", low=0, high=1e6)
     damping: float = setting(1.0, "share tau of a sweep's result in the next state", above=0,
                              high=1)
     memory: int = count(5, "earlier iterates that anderson and broyden use", high=64)

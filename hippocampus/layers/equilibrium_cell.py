@@ -254,6 +254,21 @@ class EquilibriumCell(nn.Module):
         anchor_BT = 0.5 * self.memory.anchor * (off * off).sum((-1, -2))
         return {"retrieval": retrieval_BT, "anchor": anchor_BT, "total": retrieval_BT + anchor_BT}
 
+    def largest_gain(self, s_BTS: Float[Array, "B T S"], new_BTS: Float[Array, "B T S"],
+                     ) -> Float[Array, "B T"]:
+        """The most energy that a retrieval step from s to `new` can have gained (float32).
+
+        By its length alone, so that it costs no look at the patterns: with r their length, what a
+        step d lowers the energy by, at fixed q, is between (1 + kappa) (1/alpha - 1/2) |d|^2 and
+        beta r^2/2 |d|^2 more, because the log-sum is convex and bends no more than beta r^2.
+        """
+        xi_BTHd, new_BTHd = self.split(s_BTS)[1], self.split(new_BTS)[1]
+        if xi_BTHd is None or new_BTHd is None:
+            return jnp.zeros(s_BTS.shape[:2])
+        alpha, kappa = self.memory.step_size, self.memory.anchor
+        bend_H = (1 + kappa) * (1 / alpha - 0.5) + 0.5 * self.beta * self._square_norm
+        return (bend_H * ((new_BTHd - xi_BTHd) ** 2).sum(-1)).sum(-1)
+
     def split(self, s_BTS: Float[Array, "B T S"]) -> tuple[Array, Array | None]:
         """State z_BTD and query xi_BTHd of a solver's vector; without a memory no query."""
         if not self._has_memory:

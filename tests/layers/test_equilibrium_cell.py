@@ -63,23 +63,29 @@ def test_a_retrieval_is_a_step_of_gradient_descent_on_the_energy(memory):
 @pytest.mark.parametrize("memory", [
     {"patterns": "context"},
     {"patterns": "both", "normalize": "rms", "step_size": 0.4, "anchor": 2.5}])
-def test_the_energy_never_rises_along_retrieval_at_a_fixed_state(memory):
+def test_the_energy_never_rises_along_retrieval_and_falls_by_no_more_than_its_bound(memory):
     cell = cell_of(**memory)
     drive = drive_of(cell)
 
     @jax.jit
     def step(xi):
-        energies = call(cell, "energies", call(cell, "join", Z, xi), drive)
-        return call(cell, "retrieve", xi, Z, drive), energies
+        s, new = call(cell, "join", Z, xi), call(cell, "retrieve", xi, Z, drive)
+        gain = call(cell, "largest_gain", s, call(cell, "join", Z, new))
+        return new, call(cell, "energies", s, drive), gain
 
-    xi, trace = 3 * XI, []
+    xi, trace, gains = 3 * XI, [], []
     for _ in range(12):
-        xi, energies = step(xi)
+        xi, energies, gain = step(xi)
         trace.append(energies["total"])
+        gains.append(gain)
         assert min(energies["retrieval"].min(), energies["anchor"].min()) > -1e-5
     trace = np.stack(trace)
     assert (np.diff(trace, axis=0) <= 1e-6 * np.abs(trace[:-1])).all()
     assert (trace[-1] < 0.9 * trace[0]).all()
+    # What tells the solver that a retrieval has settled bounds what its step gained.
+    fell, bound = -np.diff(trace, axis=0), np.stack(gains)[:-1]
+    assert (fell <= bound + 1e-6 * np.abs(trace[:-1])).all()
+    assert (bound[0] < 20 * fell[0]).all()
 
 
 def test_several_steps_are_single_steps_and_a_trust_radius_holds_each():
