@@ -13,7 +13,7 @@ from __future__ import annotations
 from hippocampus.config import PATHS, Config, HybridConfig
 from hippocampus.layers.mlp import mlp_width
 from hippocampus.models.hybrid_block import BlockSpec, block_specs
-from hippocampus.models.hybrid_lm import padded_vocabulary
+from hippocampus.ops.embedding import padded_vocabulary
 
 
 def training_flops_per_token(config: Config) -> float:
