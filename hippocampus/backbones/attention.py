@@ -79,7 +79,7 @@ class DecoderAttention(nn.Module):
             out["key"] = self._project("key", u_BTD, G, positions_BT)
             out["value"] = self._project("value", u_BTD, G, positions_BT)
             memory = Memory(out["key"], out["value"])
-            if cache is not None:
+            if cache is not None and valid_BT is not None:
                 (keys, values), visible, written = key_cache.recall(
                     (cache.key_BGCd, cache.value_BGCd), memory[:2], positions_BT, valid_BT, window)
                 cache, memory = AttentionCache(*written), Memory(keys, values, visible)
@@ -89,7 +89,8 @@ class DecoderAttention(nn.Module):
             o_BTHd = attention(out["query"], memory.key, memory.value, window=window, scale=scale,
                                document_ids=document_ids_BT, backend=self.backend)
         else:
-            o_BTHd = key_cache.attend(out["query"], *memory, scale)
+            o_BTHd = key_cache.attend(out["query"], memory.key, memory.value, memory.visible_BnS,
+                                      scale)
         out["heads"] = o_BTHd = self.edit("heads", o_BTHd)
         y_BTD = nn.Dense(D, use_bias=False, dtype=self.dtype, name="out")(
             o_BTHd.reshape(B, T, H * d))
@@ -120,4 +121,5 @@ class DecoderAttention(nn.Module):
         if cfg.qk_norm:
             x = RMSNorm(cfg.norm_epsilon, self.dtype, offset=cfg.norm_offset,
                         name=f"{name}_norm")(x)
-        return self.edit(name, rotate_at(x, positions_BT, self.spec.rope.frequencies(d)))
+        frequency = jnp.asarray(self.spec.rope.frequencies(d))
+        return self.edit(name, rotate_at(x, positions_BT, frequency))

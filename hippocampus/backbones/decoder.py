@@ -7,7 +7,7 @@ has a table of its own, `head`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -62,8 +62,8 @@ class Decoder(nn.Module):
     backend: str = "xla"
     edit: Edit = no_edit
 
-    layer_class = LlamaLayer
-    flow_width = 0
+    layer_class: ClassVar[type[nn.Module]] = LlamaLayer
+    flow_width: ClassVar[int] = 0
 
     def setup(self) -> None:
         """Creates the parameters: a table or two, and one tree per layer."""
@@ -220,8 +220,9 @@ class Decoder(nn.Module):
         return x
 
     def _layer(self, spec: LayerSpec, edit: Edit = no_edit) -> Any:
-        return self.layer_class(self.config, spec, jnp.dtype(self.compute_dtype), self.backend,
-                                edit, parent=None)
+        kind: Any = self.layer_class
+        return kind(self.config, spec, jnp.dtype(self.compute_dtype), self.backend, edit,
+                    parent=None)
 
     def _layer_params(self, name: str, spec: LayerSpec) -> Any:
         """The parameters of a layer, made where they are missing."""
@@ -245,7 +246,8 @@ class Decoder(nn.Module):
     def _run_stack(self, x: Array, per_layer: Array | None, document_ids_BT: Array | None,
                    positions_BT: Array) -> tuple[Array, dict[str, Array]]:
         """All layers in order: those with their own keys, then those that read the keys of them."""
-        specs, own, out = self.config.layers, self.config.n_own_layers, {}
+        specs, own = self.config.layers, self.config.n_own_layers
+        out: dict[str, Array] = {}
         if self.is_initializing():  # the layers' parameters are made in setup
             return x, {}
         for start, stop in ((0, own), (own, len(specs))):

@@ -1,7 +1,7 @@
 """Folders of the Hugging Face form: safetensors, in one file or several, by name.
 
     model.safetensors
-    model.safetensors.index.json  {"weight_map": {name: file}}  with model-0000k-of-0000n.safetensors
+or  model.safetensors.index.json: {"weight_map": {name: file}}, and the files that it names
 
 Headers are read and checked when a folder is opened; tensors one at a time from a memory map.
 """

@@ -52,14 +52,14 @@ def hub_name(name: str, architecture: Architecture) -> str:
       name: of a parameter, such as `layers_3.attention.query.kernel`.
       architecture: of its decoder.
     """
-    if found := re.fullmatch(r"layers_(\d+)\.(.+)", name):
-        number, rest = found.groups()
+    if layer := re.fullmatch(r"layers_(\d+)\.(.+)", name):
+        number, rest = layer.groups()
         if rest == "altup.output_scale":
             return f"model.layers.{number}.altup.correct_output_scale"
         names = _GEMMA_LAYER if architecture.is_gemma else _LLAMA_LAYER
         return f"model.layers.{number}.{names[rest.rpartition('.')[0]]}.weight"
-    if found := re.fullmatch(r"(streams_in|streams_out)_(\d+)\.kernel", name):
-        return f"{_STREAMS[found[1]]}.{found[2]}.weight"
+    if stream := re.fullmatch(r"(streams_in|streams_out)_(\d+)\.kernel", name):
+        return f"{_STREAMS[stream[1]]}.{stream[2]}.weight"
     return f"{_TOP[name]}.weight"
 
 
@@ -87,5 +87,5 @@ def is_left_out(name: str, architecture: Architecture) -> bool:
     if name == "lm_head.weight":
         return architecture.tie_embeddings
     found = re.fullmatch(r"model\.layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm)\.weight", name)
-    return bool(found) and int(found[1]) < architecture.n_layers and (
+    return found is not None and int(found[1]) < architecture.n_layers and (
         architecture.layers[int(found[1])].source >= 0)
