@@ -7,6 +7,7 @@ has a table of its own, `head`.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
 import jax
@@ -231,16 +232,7 @@ class Decoder(nn.Module):
         return self.param(name, self._init_layer, spec)
 
     def _init_layer(self, key: Array, spec: LayerSpec) -> dict:
-        cfg = self.config
-        x: Array = jnp.zeros((1, 2, cfg.d_model), self.dtype)
-        per_layer = None
-        if cfg.altup:
-            x = jnp.stack([x] * cfg.altup.streams)
-            per_layer = jnp.zeros((1, 2, cfg.altup.per_layer_width), self.dtype)
-        other = jnp.zeros((1, 2, cfg.n_kv_heads, cfg.head_width), self.dtype)
-        source = Memory(other, other) if spec.source >= 0 else None
-        params: dict = self._layer(spec).init(key, x, jnp.zeros((1, 2), jnp.int32), per_layer,
-                                              source=source)["params"]
+        params: dict = _initialise(self._layer(spec), key)
         return params
 
     def _run_stack(self, x: Array, per_layer: Array | None, document_ids_BT: Array | None,
@@ -274,3 +266,17 @@ class Decoder(nn.Module):
                                        scoped(self.edit, f"layers.{i}."))
                 out.update({f"layers.{i}.{name}": value for name, value in found.items()})
         return x, out
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _initialise(layer: Any, key: Array) -> Any:
+    """The first parameters of a layer; layers that are alike share one trace."""
+    cfg, dtype = layer.config, layer.dtype
+    x: Array = jnp.zeros((1, 2, cfg.d_model), dtype)
+    per_layer = None
+    if cfg.altup:
+        x = jnp.stack([x] * cfg.altup.streams)
+        per_layer = jnp.zeros((1, 2, cfg.altup.per_layer_width), dtype)
+    other = jnp.zeros((1, 2, cfg.n_kv_heads, cfg.head_width), dtype)
+    source = Memory(other, other) if layer.spec.source >= 0 else None
+    return layer.init(key, x, jnp.zeros((1, 2), jnp.int32), per_layer, source=source)["params"]
