@@ -118,7 +118,7 @@ def read_architecture(path: Path) -> Architecture:
                         f"{head_width}", "the heads must divide, and their width be even")
     scale = 1.0 if family == "gemma3n" else head_width**-0.5
     if family == "gemma3":
-        scale = fields.number("query_pre_attn_scalar") ** -0.5
+        scale = fields.whole("query_pre_attn_scalar") ** -0.5
     return Architecture(
         family=family, vocab_size=fields.whole("vocab_size"), d_model=width, n_heads=heads,
         n_kv_heads=kv_heads, head_width=head_width,
@@ -169,7 +169,7 @@ def write_config(architecture: Architecture, dtype: str) -> dict[str, Any]:
     if cfg.is_gemma:
         content["final_logit_softcapping"] = cfg.softcap or None
     if cfg.family == "gemma3":
-        content["query_pre_attn_scalar"] = round(cfg.query_scale**-2, 6)
+        content["query_pre_attn_scalar"] = round(cfg.query_scale**-2)
     if cfg.altup:
         content |= {
             "intermediate_size": [spec.mlp_width for spec in cfg.layers],
