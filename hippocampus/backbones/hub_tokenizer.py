@@ -66,7 +66,8 @@ class HubTokenizer(Tokenizer):
 
 
 def scored_pieces(pieces: Sequence[str], scores: Sequence[float], specials: Mapping[int, str], *,
-                  space: str, add_begin: int | None, unknown: int = 0) -> str:
+                  space: str, add_begin: int | None, unknown: int = 0,
+                  first_space: bool = True) -> str:
     """The tokenizer.json of a SentencePiece BPE that is known by its pieces and their scores.
 
     Of all pairs of pieces that make a piece, the one of the highest score is merged first.
@@ -78,6 +79,7 @@ def scored_pieces(pieces: Sequence[str], scores: Sequence[float], specials: Mapp
         space: the character that stands for a space in the pieces.
         add_begin: the special id that comes in front of every text; None = none does.
         unknown: the id of what nothing stands for.
+        first_space: whether a space is put in front of every text.
 
     Source: Kudo & Richardson 2018 (arXiv:1808.06226), section 3.
     """
@@ -93,11 +95,11 @@ def scored_pieces(pieces: Sequence[str], scores: Sequence[float], specials: Mapp
     library = LibraryTokenizer(models.BPE(
         vocab=vocabulary, merges=merges, unk_token=texts[unknown], byte_fallback=True,
         fuse_unk=True))
-    library.normalizer = normalizers.Sequence(
-        [normalizers.Prepend(space), normalizers.Replace(" ", space)])
-    steps: list[Any] = [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse(),
-                        decoders.Strip(" ", 1, 0)]
-    library.decoder = decoders.Sequence(steps)
+    before: list[Any] = [normalizers.Prepend(space)] if first_space else []
+    library.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", space)])
+    behind: list[Any] = [decoders.Strip(" ", 1, 0)] if first_space else []
+    library.decoder = decoders.Sequence(
+        [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse(), *behind])
     library.add_special_tokens([AddedToken(text, special=True, normalized=False)
                                 for text in specials.values()])
     if add_begin is not None:

@@ -71,7 +71,7 @@ def test_rows_go_on_from_where_each_of_them_stands(widest, ids):
     hidden, _ = run(ids[:, :1], cleared, np.ones((B, 1), bool))
     assert_close(hidden[1], whole[1, :1], n_operations=10_000, what="the first token of a new text")
 
-    idle, same = run(ids[:, :1], kept, np.zeros((B, 1), bool))
+    _, same = run(ids[:, :1], kept, np.zeros((B, 1), bool))
     jax.tree.map(np.testing.assert_array_equal, same, kept)
 
 
