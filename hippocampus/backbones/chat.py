@@ -1,8 +1,8 @@
 """Chat templates: messages to the text that a model was trained to answer.
 
 A template is a program that came with somebody's weights. It runs in Jinja's immutable sandbox:
-it sees the messages and nothing of Python, the machine or its files, and cannot build a huge value
-in one step. It can still take long by looping.
+it sees the messages and nothing of Python, the machine or its files, and no single product or power
+fills the memory. It can still take long by looping.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from datetime import datetime
 from typing import Any
 
 from jinja2 import TemplateError
+from jinja2.exceptions import SecurityError
 from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from hippocampus.errors import DataError
 

@@ -40,7 +40,8 @@ def test_a_conversation_becomes_the_text_of_the_template():
     "{{ self._TemplateReference__context.environment.compile('x') }}",
     "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
     "{{ range(1000000) | list }}", "{{ 9 ** 9 ** 9 }}",
-    "{{ 'x' * 10000000 }}", "{{ (10 ** 9) * 'x' }}", "{% include '/etc/passwd' %}", "{% import 'os' as os %}",
+    "{{ 'x' * 10000000 }}", "{{ (10 ** 9) * 'x' }}",
+    "{% include '/etc/passwd' %}", "{% import 'os' as os %}",
     "{{ strftime_now.__globals__.json }}", "{{ messages[0].missing.deeper }}",
     "{{ raise_exception('no') }}", "{{ 1 / 0 }}", "{{ messages | tojson(1, 2, 3) }}"])
 def test_a_template_reaches_nothing_but_its_messages(template):

@@ -1,5 +1,6 @@
 """llama2.c files: a real one that writes its known text, and any that are damaged."""
 
+import itertools
 import struct
 
 import jax
@@ -135,7 +136,7 @@ def test_stories260k_s_tokenizer_merges_the_best_pair_first(real_data):
             ids += [index[code]] if code in index else [byte + 3 for byte in code]
         while True:
             best = max(((scores[index[pieces[a] + pieces[b]]], -i) for i, (a, b) in
-                        enumerate(zip(ids, ids[1:], strict=False))
+                        enumerate(itertools.pairwise(ids))
                         if pieces[a] + pieces[b] in index), default=None)
             if best is None:
                 return ids
