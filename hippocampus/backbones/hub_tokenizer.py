@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,22 @@ class HubTokenizer(Tokenizer):
         """
         super().__init__(document)
         self._end_ids = tuple(end_ids)
+
+    @classmethod
+    def load(cls, path: str | Path, end_ids: Sequence[int] = ()) -> HubTokenizer:
+        """Read a `tokenizer.json`.
+
+        Args:
+            path: the file.
+            end_ids: as for the class.
+
+        Raises:
+            DataError: the file is missing, unreadable or not a tokenizer.
+        """
+        found = super().load(path)
+        assert isinstance(found, HubTokenizer)
+        found._end_ids = tuple(end_ids)
+        return found
 
     @property
     def end_ids(self) -> tuple[int, ...]:

@@ -21,7 +21,6 @@ from hippocampus.backbones.huggingface import (
     write_tensors,
 )
 from hippocampus.backbones.parameters import Shardings, named_tensors, read_parameters
-from hippocampus.data.tokenizers import Tokenizer
 from hippocampus.errors import DataError
 from hippocampus.files import expand, read_object
 
@@ -144,7 +143,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> HubTokenizer | None:
     for file in (GENERATION, CONFIG):  # a chat model's config.json may lack the end of a turn
         if not ends and (folder / file).is_file():
             ends = end_ids(read_object(folder / file, "copy or download the folder again"))
-    tokenizer = HubTokenizer(Tokenizer.load(path).to_json(), ends)
+    tokenizer = HubTokenizer.load(path, ends)
     if tokenizer.vocab_size > vocab_size:
         raise DataError(f"{path} has {tokenizer.vocab_size} ids, the model {vocab_size}",
                         "both must be of the same model")

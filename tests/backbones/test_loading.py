@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from hippocampus.backbones.config_json import read_architecture, write_config
 from hippocampus.backbones.loading import Backbone, is_backbone, load_backbone, save_backbone
+from hippocampus.backbones.names import is_left_out, plain_name
 from hippocampus.backbones.parameters import count_parameters, parameter_shapes
 from hippocampus.errors import CheckpointError, ConfigError, DataError
 
@@ -118,6 +119,24 @@ def test_the_text_of_a_gemma_3n_that_sees_and_hears_is_the_text_model(copy_of, b
     found = load_backbone(copy_of("gemma3n", config, tensors))
     assert found.model == backbone_of("gemma3n").model
     same(found.params, backbone_of("gemma3n").params)
+
+
+@pytest.mark.parametrize(("name", "plain", "left_out"), [
+    ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight", False),
+    ("language_model.model.norm.weight", "model.norm.weight", False),
+    ("model.language_model.norm.weight", "model.norm.weight", False),
+    ("language_model.lm_head.weight", "lm_head.weight", True),
+    ("vision_tower.encoder.x.weight", "vision_tower.encoder.x.weight", True),
+    ("multi_modal_projector.mm_soft_emb_norm.weight", None, True),
+    ("model.embed_audio.embedding.weight", None, True),
+    ("model.layers.0.self_attn.rotary_emb.inv_freq", None, True),
+    ("model.layers.0.self_attn.k_proj.weight", None, False),
+    ("model.layers.3.self_attn.k_proj.weight", None, True),
+    ("model.layers.3.self_attn.q_proj.weight", None, False),
+    ("model.layers.9.self_attn.k_proj.weight", None, False)])
+def test_a_decoder_s_own_tensors_are_told_from_the_others(backbone_of, name, plain, left_out):
+    assert plain_name(name) == (plain or name)
+    assert is_left_out(plain_name(name), backbone_of("gemma3n").model.config) is left_out
 
 
 def test_fields_that_a_gemma_leaves_out_are_those_of_its_family(tmp_path):
