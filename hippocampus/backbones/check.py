@@ -111,11 +111,13 @@ def _logits(backbone: Backbone, path: Path) -> Finding:
 
 
 def _theirs(path: Path, ids: Any) -> Float[np.ndarray, "T V"]:
-    import torch
+    """What transformers says; of files that can run code when they are opened it reads none."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="eager", local_files_only=True).eval()
-    with torch.no_grad():
-        logits = model(torch.tensor(np.asarray(ids, np.int64)[None]), use_cache=False).logits
-    return np.asarray(logits[0].float().numpy(), np.float32)
+        path, dtype="float32", attn_implementation="eager", local_files_only=True,
+        use_safetensors=True, trust_remote_code=False).eval().requires_grad_(False)
+    batch = transformers.BatchEncoding({"input_ids": np.asarray(ids, np.int64)[None]},
+                                       tensor_type="pt")
+    logits = model(**batch, use_cache=False).logits[0]
+    return np.asarray(logits.numpy(), np.float32)
