@@ -1,4 +1,8 @@
-"""Says what this machine offers: `python -m hippocampus.doctor [--workdir=checkpoints]`."""
+"""Says what this machine offers, or whether a pretrained model is read right.
+
+    python -m hippocampus.doctor [--workdir=checkpoints]
+    python -m hippocampus.doctor --backbone=PATH
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,25 @@ from hippocampus.verbs import Parser, run_verb
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Prints devices, versions, disk and a write test, and what "auto" becomes here."""
+    """Prints devices, versions, disk and a write test, and what "auto" becomes here.
+
+    With `--backbone`, what a pretrained model is, and how far its logits are from those of
+    transformers, where that is installed.
+    """
     parser = Parser("doctor", "Check this machine.")
     parser.add_argument("--workdir", default="checkpoints", help="where runs will be written")
+    parser.add_argument("--backbone", type=Path, help="check this pretrained model instead: a "
+                        "folder with config.json and safetensors, a .gguf or a .bin")
     flags = parser.parse_args(arguments)
 
-    from hippocampus.runs.diagnosis import diagnose
+    if flags.backbone:
+        from hippocampus.backbones.check import check_backbone
 
-    findings = diagnose(Path(flags.workdir))
+        findings = check_backbone(flags.backbone)
+    else:
+        from hippocampus.runs.diagnosis import diagnose
+
+        findings = diagnose(Path(flags.workdir))
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
         sys.stdout.write(f"{'ok ' if finding.good else 'BAD'}  {finding.name:<{width}}  "

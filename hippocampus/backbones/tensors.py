@@ -24,3 +24,16 @@ class TensorSource:
     place: str
     specs: Mapping[str, TensorSpec]
     read: Callable[[str], Shaped[np.ndarray, "*sizes"]]
+
+
+def half_split_rows(weight: Shaped[np.ndarray, "rows D"], heads: int,
+                    ) -> Shaped[np.ndarray, "rows D"]:
+    """Rows of a query or key matrix whose rotary pairs are neighbours, as pairs half a head apart.
+
+    Args:
+      weight: (out, in), of rows (2i, 2i + 1) that are rotated together.
+      heads: that the rows are of.
+    """
+    rows, width = weight.shape
+    pairs = weight.reshape(heads, rows // heads // 2, 2, width)
+    return pairs.swapaxes(1, 2).reshape(rows, width)

@@ -159,6 +159,11 @@ class Tokenizer:
         """The id of `<|endoftext|>`, which stands in front of every document; None without one."""
         return self._vocabulary.get(END_OF_TEXT)
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end a text which a model writes."""
+        return () if self.end_id is None else (self.end_id,)
+
     @cached_property
     def unknown_id(self) -> int | None:
         """The id that every word outside the vocabulary gets; None for other kinds than words."""

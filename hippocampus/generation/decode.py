@@ -105,7 +105,7 @@ def start(model: Any, variables: Any, prompts: Sequence[Int[np.ndarray, " n"]], 
 
 
 def write(model: Any, variables: Any, state: DecodeState, seeds_B: Int[np.ndarray, " B"],
-          settings: SamplerSettings, limit: int, end_id: int | None = None, *,
+          settings: SamplerSettings, limit: int, end_ids: Sequence[int] = (), *,
           skip: bool = False) -> tuple[DecodeState, Drawn]:
     """Draws the next tokens, until so many are drawn or every row is done.
 
@@ -116,7 +116,7 @@ def write(model: Any, variables: Any, state: DecodeState, seeds_B: Int[np.ndarra
       seeds_B: of each row's draws.
       settings: of the sampler, for all rows or one each.
       limit: most tokens to draw in this call; never more than `TOKENS_PER_CALL`.
-      end_id: the id that ends a row; None = none does.
+      end_ids: the ids that end a row.
       skip: as for `start`.
 
     Returns:
@@ -128,7 +128,7 @@ def write(model: Any, variables: Any, state: DecodeState, seeds_B: Int[np.ndarra
         for name, value in settings._asdict().items()}
     return _compiled_write(_platform(variables))(
         model, variables, state, np.asarray(seeds_B, np.uint32), SamplerSettings(**arrays),
-        np.int32(limit), np.int32(-1 if end_id is None else end_id), skip=skip)
+        np.int32(limit), np.array(list(end_ids) or [-1], np.int32), skip=skip)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -198,7 +198,7 @@ def _read(model: Any, variables: Any, state: DecodeState, tokens_Bn: Array, vali
 
 
 def _write(model: Any, variables: Any, state: DecodeState, seeds_B: Array,
-           settings: SamplerSettings, limit: Array, end_id: Array, *,
+           settings: SamplerSettings, limit: Array, end_ids: Array, *,
            skip: bool) -> tuple[DecodeState, Drawn]:
     B = state.done_B.shape[0]
     keys_B = jax.vmap(jax.random.key)(seeds_B)
@@ -217,7 +217,7 @@ def _write(model: Any, variables: Any, state: DecodeState, seeds_B: Array,
         drawn = Drawn(
             _set_column(drawn.tokens_BM, drawn.n, jnp.where(live_B, tokens_B, -1)),
             _set_column(drawn.log_p_BM, drawn.n, log_p_B), drawn.n + 1)
-        done_B = state.done_B | (tokens_B == end_id)
+        done_B = state.done_B | (tokens_B[:, None] == end_ids).any(1)
         hidden_B1D, cache = model.apply(variables, tokens_B[:, None], state.cache,
                                         ~done_B[:, None], skip=skip, method="extend")
         return dataclasses.replace(

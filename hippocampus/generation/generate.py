@@ -117,15 +117,16 @@ class Row:
                  stop: Sequence[str]):
         """Nothing is written yet."""
         self.prompt, self.seed = prompt, seed
-        self._stream, self._end_id = TextStream(tokenizer, prompt, stop), tokenizer.end_id
+        self._stream, self._end_ids = TextStream(tokenizer, prompt, stop), tokenizer.end_ids
         self._tokens: list[int] = []
         self._log_p: list[float] = []
         self.done = False
 
     def take(self, tokens_M: Int[np.ndarray, " M"], log_p_M: np.ndarray) -> str:
         """Takes what was drawn, up to where the text ends, and gives the new certain text."""
-        ended = self._end_id is not None and bool((tokens_M == self._end_id).any())
-        n = int(np.argmax(tokens_M == self._end_id)) if ended else len(tokens_M)
+        ends_M = np.isin(tokens_M, self._end_ids)
+        ended = bool(ends_M.any())
+        n = int(np.argmax(ends_M)) if ended else len(tokens_M)
         piece = self._stream.push(tokens_M[:n].tolist())
         self._tokens += tokens_M[:n + ended].tolist()
         self._log_p += log_p_M[:n + ended].tolist()
@@ -147,7 +148,7 @@ class Row:
 
 
 def write_rows(model: Any, variables: Any, rows: Sequence[Row], request: Request, *, context: int,
-               end_id: int | None, streamed: bool = False) -> Iterator[list[str]]:
+               end_ids: Sequence[int], streamed: bool = False) -> Iterator[list[str]]:
     """Writes behind every row, as one batch on the device.
 
     Args:
@@ -156,7 +157,7 @@ def write_rows(model: Any, variables: Any, rows: Sequence[Row], request: Request
       rows: at most `ROWS_PER_BATCH`.
       request: what is asked for.
       context: tokens that a row looks back to at most.
-      end_id: the id that ends a row; None = none does.
+      end_ids: the ids that end a row.
       streamed: pieces shall come soon.
 
     Yields:
@@ -175,7 +176,7 @@ def write_rows(model: Any, variables: Any, rows: Sequence[Row], request: Request
             max_length=decode.capacity(longest, context), passes=request.passes, skip=request.skip)
     while left > 0 and not all(row.done for row in rows):
         state, drawn = decode.write(model, variables, state, seeds_B, request.sampler,
-                                    min(limit, left), end_id, skip=request.skip)
+                                    min(limit, left), end_ids, skip=request.skip)
         drawn = jax.device_get(drawn)
         n = int(drawn.n)
         before = [row.done for row in rows]

@@ -257,7 +257,7 @@ class LanguageModel:
     def _write(self, rows: Sequence[Row], request: Request, *,
                streamed: bool = False) -> Iterator[list[str]]:
         return write_rows(self.model, self.decode_variables, rows, request, context=self.context,
-                          end_id=self.tokenizer.end_id, streamed=streamed)
+                          end_ids=self.tokenizer.end_ids, streamed=streamed)
 
     def _score(self, text: str) -> Score:
         ids = self.tokenizer.encode(text)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 
+from hippocampus.backbones.loading import is_backbone
 from hippocampus.config import Config
 from hippocampus.config_files import read_json
 from hippocampus.data.tokenizers import Tokenizer
@@ -16,6 +17,7 @@ from hippocampus.exports.folder import CONFIG, TOKENIZER, WEIGHTS, is_export, op
 from hippocampus.exports.parameters import read_parameters
 from hippocampus.files import read_object
 from hippocampus.generation.language_model import LanguageModel
+from hippocampus.generation.pretrained import load_pretrained
 from hippocampus.models.build_model import build_model, parameter_shapes
 from hippocampus.runs.checkpoints import Checkpoints
 from hippocampus.runs.run_folder import RunFolder
@@ -23,10 +25,10 @@ from hippocampus.runs.run_folder import RunFolder
 
 def load(path: str | Path, *, weights: str = "ema", step: int | None = None,
          sharding: jax.sharding.Sharding | None = None) -> LanguageModel:
-    """Opens a run folder, or what `python -m hippocampus.export` made of one.
+    """Opens a run folder, what `python -m hippocampus.export` made of one, or a pretrained decoder.
 
     Args:
-      path: the folder.
+      path: the folder; or a `.gguf` or llama2.c `.bin` (see `hippocampus.backbones.loading`).
       weights: "ema" (the running average; raw where there is none) or "raw".
       step: a saved step; default: the best one that is not damaged, or the one that was exported.
       sharding: where every parameter goes; default: whole, to this process's first device.
@@ -41,6 +43,11 @@ def load(path: str | Path, *, weights: str = "ema", step: int | None = None,
     if weights not in ("ema", "raw"):
         raise ConfigError(f"weights is {weights!r}", "it must be ema or raw")
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if is_backbone(folder.path):
+        if weights == "raw" or step is not None:
+            raise ConfigError(f"{path} is a pretrained model: it has no steps and no raw weights",
+                              "leave out step and weights")
+        return load_pretrained(folder.path, sharding=sharding)
     if is_export(folder.path):
         return _load_export(folder.path, weights, step, sharding)
     return _load_run(folder, weights, step, sharding)

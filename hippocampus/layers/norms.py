@@ -21,7 +21,7 @@ def unit_normalize(x: Float[Array, "... D"], epsilon: float = 1e-6) -> Float[Arr
 
 
 class RMSNorm(nn.Module):
-    """scale * x / rms(x).
+    """(offset + scale) * x / rms(x).
 
     Source: Zhang & Sennrich 2019 (arXiv:1910.07467), equation 4.
     """
@@ -29,9 +29,12 @@ class RMSNorm(nn.Module):
     epsilon: float = 1e-6
     dtype: jnp.dtype = jnp.float32
     scale_init: float = 1.0
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Normalises over the last axis; statistics are float32, the result is `dtype`."""
         scale = self.param("scale", nn.initializers.constant(self.scale_init), x.shape[-1:])
+        if self.offset:
+            scale = self.offset + scale.astype(jnp.float32)
         return (rms_normalize(x, self.epsilon) * scale).astype(self.dtype)

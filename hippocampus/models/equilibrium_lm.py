@@ -32,16 +32,16 @@ from hippocampus.layers.equilibrium_solver import (
     solve,
     solve_at,
 )
+from hippocampus.layers.layer_stack import run_layers
 from hippocampus.layers.norms import RMSNorm
 from hippocampus.models import equilibrium_statistics
 from hippocampus.models.decode_parameters import cast_parameters
 from hippocampus.models.equilibrium_decoding import EquilibriumCache, init_cache, solve_on
-from hippocampus.models.hybrid_lm import token_positions
 from hippocampus.models.interventions import NEUTRAL, Interventions
-from hippocampus.models.layer_stack import run_layers
 from hippocampus.models.mamba_block import MambaBlock
 from hippocampus.ops.cross_entropy import Head
 from hippocampus.ops.embedding import embed, padded_vocabulary
+from hippocampus.ops.positions import token_positions
 
 _INJECTION, _JITTER = 2**31, 2**31 + 1
 """Random streams of the injection's dropout and of the sweeps; layers are counted from 0."""
@@ -113,7 +113,7 @@ class EquilibriumLM(nn.Module):
           ConfigError: an intervention.
         """
         _refuse(interventions)
-        positions_BT = token_positions(batch)
+        positions_BT = token_positions(batch.tokens_BT, batch.document_ids_BT, batch.positions_BT)
         key = self.make_rng("dropout") if train and self.has_rng("dropout") else None
         x_BTD = self.edit("embedding", self._embed(batch.tokens_BT))
         out = {"embedding": x_BTD}

@@ -13,17 +13,18 @@ from jaxtyping import Array, Bool, Float, Int
 from hippocampus.config import HybridConfig
 from hippocampus.data.batches import Batch
 from hippocampus.layers.edits import Edit, no_edit, scoped
+from hippocampus.layers.layer_stack import run_layers
 from hippocampus.layers.norms import RMSNorm, rms_normalize
 from hippocampus.layers.velocity_field import VelocityField
 from hippocampus.models import gate_statistics, single_token
 from hippocampus.models.decode_parameters import cast_parameters
 from hippocampus.models.hybrid_block import BlockSpec, HybridBlock, block_specs
 from hippocampus.models.interventions import NEUTRAL, Interventions
-from hippocampus.models.layer_stack import run_layers
 from hippocampus.models.segment_reasoner import SegmentReasoner
 from hippocampus.ops.cross_entropy import Head
 from hippocampus.ops.embedding import embed, padded_vocabulary
 from hippocampus.ops.kernels import decode_gpu
+from hippocampus.ops.positions import token_positions
 
 _NOISE = 2**31
 """Random stream of the token noise; those of the passes are counted from 0."""
@@ -110,7 +111,7 @@ class HybridLM(nn.Module):
           `out["flow.skip_hidden"]` is the first pass plus one Euler step towards the last.
         """
         cfg, tokens_BT = self.config, batch.tokens_BT
-        positions_BT = token_positions(batch)
+        positions_BT = token_positions(tokens_BT, batch.document_ids_BT, batch.positions_BT)
         key = self.make_rng("dropout") if train and self.has_rng("dropout") else None
         if key is not None and cfg.token_noise:
             tokens_BT = noisy(tokens_BT, cfg.token_noise, jax.random.fold_in(key, _NOISE))
@@ -352,15 +353,3 @@ def noisy(tokens_BT: Int[Array, "B T"], chance: float, key: Array) -> Int[Array,
     """
     replaced_BT = jax.random.bernoulli(key, chance, tokens_BT.shape)
     return jnp.where(replaced_BT, jnp.roll(tokens_BT, -1, axis=0), tokens_BT)
-
-
-def token_positions(batch: Batch) -> Int[Array, "B T"]:
-    """The place of every token in its document, from the ids where the batch does not say."""
-    if batch.positions_BT is not None:
-        return batch.positions_BT
-    index = jnp.broadcast_to(jnp.arange(batch.tokens_BT.shape[1]), batch.tokens_BT.shape)
-    if batch.document_ids_BT is None:
-        return index
-    ids = batch.document_ids_BT
-    begins = jnp.concatenate([jnp.ones_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], 1)
-    return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)

@@ -29,9 +29,10 @@ def draw(built, prompts=PROMPTS, seeds=SEEDS, settings=DRAWN, n=N, *, kind=ALL, 
     model, params = built(kind)
     state = decode.start(model, {"params": params}, prompts, max_length=kind["data.context"])
     tokens, log_p = [], []
+    ends = () if end_id is None else (end_id,)
     for limit in calls or (n,):
         state, drawn = decode.write(model, {"params": params}, state, seeds, settings, limit,
-                                    end_id)
+                                    ends)
         tokens.append(np.asarray(drawn.tokens_BM)[:, :int(drawn.n)])
         log_p.append(np.asarray(drawn.log_p_BM)[:, :int(drawn.n)])
     return np.concatenate(tokens, 1), np.concatenate(log_p, 1)

@@ -27,7 +27,7 @@ _REMAT_POLICIES = {
 
 def run_layers(
     apply_layer: ApplyLayer, specs: Sequence[Any], params: Sequence[Params],
-    x_BTD: Float[Array, "B T D"], per_layer: Any, *, scan: bool, remat: str,
+    x_BTD: Float[Array, "B T D"], per_layer: Any, *, scan: bool, remat: str, first: int = 0,
 ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
     """Runs every layer in order.
 
@@ -35,10 +35,11 @@ def run_layers(
       apply_layer: one layer as a pure function of its parameters.
       specs: static settings of each layer; neighbours with equal ones can be scanned.
       params: parameter tree of each layer; equal specs have equal tree shapes.
-      x_BTD: residual stream.
+      x_BTD: residual stream; any pytree that a layer takes and gives.
       per_layer: pytree of arrays with a leading L axis; a layer gets its slice.
       scan: compile runs of equal layers once.
       remat: "none", "dots" or "full": what the backward pass computes again.
+      first: number of the first of these layers in its model, for the names.
 
     Returns:
       x_BTD, and the layers' `out` under "layers.<i>.<name>".
@@ -60,11 +61,11 @@ def run_layers(
         own = jax.tree.map(lambda array, a=start, b=stop: array[a:b], per_layer)
         if stop - start == 1:
             x_BTD, part = body(x_BTD, (params[start], jax.tree.map(lambda array: array[0], own)))
-            out.update({f"layers.{start}.{name}": value for name, value in part.items()})
+            out.update({f"layers.{first + start}.{name}": value for name, value in part.items()})
         else:
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params[start:stop])
             x_BTD, parts = jax.lax.scan(body, x_BTD, (stacked, own))
-            out.update({f"layers.{start + i}.{name}": values[i]
+            out.update({f"layers.{first + start + i}.{name}": values[i]
                         for name, values in parts.items() for i in range(stop - start)})
     return x_BTD, out
 
