@@ -8,6 +8,7 @@ import pytest
 from hippocampus.config_files import load_config, start_from
 from hippocampus.errors import ConfigError
 from hippocampus.models.build_model import build_model, count_parameters
+from hippocampus.models.flops import training_flops_per_token
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -19,7 +20,9 @@ PARAMETERS = {
     "wikitext_mini.py:25m": (24, 26.5), "wikitext_mini.py:97m": (97 * 0.98, 97 * 1.02),
     "wikitext_mini.py:bytes": (22, 24),
     "shakespeare.py": (3.4, 3.7), "shakespeare.py:3.5m": (3.4, 3.7),
-    "shakespeare.py:10m": (9.5, 10.7), "shakespeare.py:50m": (48, 52)}
+    "shakespeare.py:10m": (9.5, 10.7), "shakespeare.py:50m": (48, 52),
+    "equilibrium_shakespeare.py": (2.9, 3.1), "equilibrium_wikitext_mini.py": (24, 26),
+    "equilibrium_wt103.py": (97.5, 98.5)}
 
 
 def config_of(name):
@@ -52,7 +55,8 @@ def test_the_wikitext_models_have_what_the_main_model_is_made_of(name):
     assert not config.loss.rectified_flow.segment_weight + config.loss.rectified_flow.depth_weight
 
 
-@pytest.mark.parametrize("name", ["wt103_bpe.py", "wt103_word.py", "wt103_bytes.py"])
+@pytest.mark.parametrize("name", ["wt103_bpe.py", "wt103_word.py", "wt103_bytes.py",
+                                  "equilibrium_wt103.py"])
 def test_the_docstring_states_the_tokens_that_25000_steps_see(name):
     config = config_of(name)
     assert config.train.steps == 25_000
@@ -63,6 +67,23 @@ def test_the_docstring_states_the_tokens_that_25000_steps_see(name):
     assert int(context.replace(",", "")) == config.data.context
     seen = config.train.steps * config.train.batch_size * config.data.context
     assert float(billions) == pytest.approx(seen / 1e9, abs=0.005)
+
+
+@pytest.mark.parametrize("name", ["equilibrium_shakespeare.py", "equilibrium_wikitext_mini.py"])
+def test_the_controls_of_an_equilibrium_have_its_parameters_or_its_flops(name):
+    """And nothing else differs from it but what a fixed point needs."""
+    from hippocampus.config_files import fields
+
+    whole, explicit, untied = (config_of(f"{name}{kind}") for kind in ("", ":explicit", ":untied"))
+    size = [count_parameters(build_model(config)) for config in (whole, explicit)]
+    assert size[0] == size[1]
+    assert training_flops_per_token(untied) == pytest.approx(training_flops_per_token(whole),
+                                                             rel=0.02)
+    for control in (explicit, untied):
+        differing = {field for field, value in fields(control).items()
+                     if fields(whole)[field] != value}
+        assert {field for field in differing if not field.startswith(
+            ("model.solver.", "loss.equilibrium."))} <= {"name", "model.cell.copies"}
 
 
 def test_sizes_of_a_study_share_everything_but_the_widths():

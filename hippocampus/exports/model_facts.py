@@ -86,7 +86,7 @@ def _equilibrium(model: EquilibriumConfig) -> ModelFacts:
         rows.append(("memory", f"{what}, {model.n_heads} heads"))
     tags = (_TAGS["ssm"], "mamba", *((_TAGS["hopfield"],) if has_memory else ()),
             *(() if model.is_explicit else ("deep-equilibrium-model",)))
-    outline = layers + (f", {after}" if after else "")
+    outline = ", ".join(filter(None, (layers if model.n_layers else "", after)))
     return ModelFacts(tuple(rows), tags, f"{outline}; width {model.d_model}")
 
 

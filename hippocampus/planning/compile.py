@@ -76,6 +76,9 @@ def abstract_batch(config: Config, mesh: Mesh) -> Batch:
     batch = Batch(array(jnp.int32), array(jnp.int32), array(jnp.float32))
     if config.data.documents == "packed":
         batch = batch.replace(document_ids_BT=array(jnp.int32), positions_BT=array(jnp.int32))
+    if config.data.order == "streams":
+        rows_B = sharding.batch_sharding(mesh, 1)
+        batch = batch.replace(reset_B=jax.ShapeDtypeStruct(shape[:1], jnp.bool_, sharding=rows_B))
     return batch
 
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from hippocampus.planning.hlo import Computation, Instruction, Module
 from hippocampus.planning.traffic import COLLECTIVES
 
-COMPONENTS = ("embedding", "ssm", "hopfield", "attention", "mixer", "mlp", "norms and residual",
-              "controller", "loss", "optimizer", "ema", "collectives", "other")
+COMPONENTS = ("embedding", "ssm", "hopfield", "attention", "mixer", "mlp", "equilibrium",
+              "norms and residual", "controller", "loss", "optimizer", "ema", "collectives",
+              "other")
 """In the order of the table."""
 
 CONTROL_FLOW = ("while", "conditional", "call")
@@ -27,6 +28,11 @@ _SCOPES = {
     "norm_paths": "norms and residual", "norm_mlp": "norms and residual",
     "norm_out": "norms and residual", "HybridBlock": "norms and residual",
     "controller": "controller", "feedback": "controller", "feedback_norm": "controller",
+    "EquilibriumLM._embed": "embedding", "MambaBlock": "norms and residual",
+    "EquilibriumLM._injection": "equilibrium", "EquilibriumLM._equilibrium": "equilibrium",
+    "EquilibriumLM.sweep": "equilibrium", "EquilibriumCell": "equilibrium",
+    "recalled": "hopfield", **{f"EquilibriumCell.{method}": "hopfield" for method in (
+        "retrieve", "energies", "query_of", "_recall", "_look", "_patterns", "_heads")},
     "loss": "loss", "flow": "loss", "optimizer": "optimizer", "ema": "ema",
 }
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
@@ -54,8 +60,11 @@ class Origin:
 
 def component_of(op_name: str) -> str | None:
     """The component that scopes belong to; None where none of them is known."""
-    for scope in reversed(re.split(r"[/()]+", op_name)):
+    scopes = re.split(r"[/()]+", op_name)
+    for scope in reversed(scopes):
         known = _SCOPES.get(scope) or _SCOPES.get(scope.partition(".")[0])
+        if known == "mixer" and "MambaBlock" in scopes:
+            return "ssm"  # a Mamba layer has the name that published checkpoints give it
         if known:
             return known
     return None

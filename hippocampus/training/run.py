@@ -97,10 +97,18 @@ class Run:
             row = {**values, **self.clock.lap(step)}
             self.trackers.scalars(step, row)
             self.console.step(step, row, self.clock.seconds_left(step))
-        self._watch_solver(step, values)
+        self.watch_solver(step, values)
 
-    def _watch_solver(self, step: int, values: dict[str, float]) -> None:
-        """Says once that a solver does not converge, and again when it had in between."""
+    def watch_solver(self, step: int, values: dict[str, float]) -> None:
+        """Says once that a solver does not converge, and again when it had in between.
+
+        Args:
+          step: that is done.
+          values: its metrics.
+
+        Raises:
+          Diverged: where the rule is to stop.
+        """
         model, progress = self.config.model, (step - 1) / self.config.train.steps
         trouble = equilibrium.expansion(model, step, values, progress)
         if trouble and equilibrium.stops_at_expansion(model):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from hippocampus.config_files import defaults, load_config
 from hippocampus.data.batches import Batch
 from hippocampus.models.build_model import build_model, parameter_shapes
 from hippocampus.models.flops import (
@@ -67,6 +68,35 @@ def test_mamba_is_what_one_counts_by_hand(tiny_config):
     for kind, forward in (("s6", s6), ("ssd", ssd)):
         config = tiny_config({**settings, "model.ssm.kind": kind}).model
         assert ssm_flops(config.ssm, D, config.n_heads, T) == 2 * forward, kind
+
+
+def test_an_equilibrium_is_what_one_counts_by_hand():
+    """K sweeps forward, as many products with the Jacobian, and one sweep with its gradient."""
+    D, S, F, K, T = 16, 5, 32, 4, 24
+    shared = {"data.context": T, "model.d_model": D, "model.n_layers": 0, "model.n_heads": 2,
+              "model.vocab_size": 31, "model.hopfield.n_slots": S, "model.cell.mlp.width": F,
+              "model.cell.parts": ("hopfield", "mlp")}
+    solver = {"model.solver.max_iterations": K, "model.solver.backward_iterations": K + 1}
+    sweep = 2 * (2 * D * D + 2 * S * D) + 2 * 3 * D * F  # W_q, W_h, scores and their use; SwiGLU
+    once = 3 * 2 * 3 * D * D  # W_x, W_u and W_o
+    head = 3 * 2 * 128 * D
+
+    def flops(**overrides):
+        named = {name.replace("__", "."): value for name, value in overrides.items()}
+        return training_flops_per_token(load_config(
+            defaults("equilibrium"), {**shared, **solver, **named}))
+
+    assert flops() == (K + K + 1 + 3) * sweep + once + head
+    assert flops(model__solver__gradient="unroll") == 3 * K * sweep + once + head
+    assert flops(model__solver__gradient="phantom") == (K + 3) * sweep + once + head
+    explicit = {"model__solver__method": "explicit"}
+    assert flops(**explicit) == 3 * sweep + once + head
+    three = flops(**explicit, model__cell__copies=3)  # with one W_o all the same
+    assert three == 9 * sweep + 3 * once - 2 * 3 * 2 * D * D + head
+    assert flops(**explicit, model__cell__copies=0, model__n_layers=1) == head + 3 * ssm_flops(
+        load_config(defaults("equilibrium")).model.ssm, D, 2, T)
+    keys = flops(model__hopfield__patterns="context") - flops()
+    assert keys == (2 * K + 4) * 4 * D * ((T + 1) / 2 - S) + 3 * 2 * D * D
 
 
 @pytest.mark.parametrize("overrides", [

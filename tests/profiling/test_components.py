@@ -9,6 +9,9 @@ from hippocampus.profiling.components import component_of, origin_of, origins
 
 BLOCK = "jit(step)/jvp(HybridLM.forward)/reasoner/HybridLM._run_stack/HybridBlock/HybridBlock._run"
 
+SWEEP = ("jit(step)/jvp(EquilibriumLM.forward)/EquilibriumLM._equilibrium/while/body/"
+         "EquilibriumCell.sweep")
+
 
 @pytest.mark.parametrize(("scopes", "component"), [
     (f"{BLOCK}/ssm/ssm._run/ssm._gated/dot_general", "ssm"),
@@ -17,6 +20,17 @@ BLOCK = "jit(step)/jvp(HybridLM.forward)/reasoner/HybridLM._run_stack/HybridBloc
     (f"{BLOCK}/mixer/norm_attention/rsqrt", "mixer"),  # the mixer's, although it names a path
     (f"{BLOCK}/mlp/down/dot_general", "mlp"), (f"{BLOCK}/norm_paths/mul", "norms and residual"),
     (f"{BLOCK}/add", "norms and residual"), (f"{BLOCK}/Dropout_0/mul", "norms and residual"),
+    (f"{SWEEP}/EquilibriumCell.update/EquilibriumCell._read/ssm/ssm._run/out/dot_general", "ssm"),
+    (f"{SWEEP}/EquilibriumCell.update/mlp/up/dot_general", "mlp"),
+    (f"{SWEEP}/EquilibriumCell.update/recalled/dot_general", "hopfield"),
+    (f"{SWEEP}/EquilibriumCell.retrieve/exp", "hopfield"),
+    (f"{SWEEP}/EquilibriumCell.update/norm_state/mul", "equilibrium"),
+    ("jit(step)/jvp(EquilibriumLM.forward)/EquilibriumLM._equilibrium/while/body/add",
+     "equilibrium"),
+    ("jit(step)/jvp(EquilibriumLM.forward)/EquilibriumLM._run_stack/MambaBlock/mixer/mixer._run",
+     "ssm"),
+    ("jit(step)/jvp(EquilibriumLM.forward)/EquilibriumLM._run_stack/MambaBlock/norm/mul",
+     "norms and residual"),
     ("jit(step)/jvp(HybridLM.forward)/reasoner/controller/out/dot_general", "controller"),
     ("jit(step)/transpose(jvp(HybridLM.forward))/HybridLM._embed/scatter-add", "embedding"),
     ("jit(step)/while/body/closed_call/transpose(jvp(loss))/dot_general", "loss"),
