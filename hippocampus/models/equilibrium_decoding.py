@@ -146,7 +146,7 @@ def _along_iterations(
         lambda s, params, k: G(s, (params, at(k))), s0_BnS, params, method=config.method,
         max_iterations=config.max_iterations, tol=effort.tol, damping=config.damping,
         memory=config.memory, regularization=config.regularization, gradient="none",
-        indexed=True, record=True, earliest=frozen_B[:, None],
+        indexed=True, record=True, earliest=frozen_B[:, None] + 1,
         done=energy_settled(cell, (params, at(jnp.int32(0))), effort.tol_energy))
     ssm = jax.vmap(lambda s, k: _advance(cell, (params, at(k)), s), out_axes=1)(
         found.iterates, jnp.arange(config.max_iterations))

@@ -37,7 +37,8 @@ FROZEN = {
         "(f, z0, args=(), *, method='anderson', max_iterations=30, tol=0.001, limit=None, "
         "damping=1.0, memory=5, regularization=1e-06, granularity='token', causal=True, "
         "document_ids=None, done=None, gradient='implicit', phantom_steps=1, "
-        "backward_iterations=30, backward_tol=0.0001, remat=False, indexed=False, record=False)",
+        "backward_iterations=30, backward_tol=0.0001, remat=False, indexed=False, record=False, "
+        "earliest=None)",
     fixed_point.Solution:
         "(value, converged, iterations, residual, residual_trace, evaluations, iterates)",
     jacobian.contraction: "(f, z, args, key, *, iterations=3)",
