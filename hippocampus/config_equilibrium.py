@@ -52,13 +52,14 @@ class SolverConfig:
                           "`cell.copies` cells in a row",
                           choices=("picard", "anderson", "broyden", "explicit"))
     schedule: str = setting("alternating", "order of state update and retrieval in a sweep: "
-                            "alternating (the retrieval sees the new state), simultaneous (the "
+                            "alternating (the state sees the new query), simultaneous (the "
                             "old one), cascade (the state is solved for first)",
                             choices=("alternating", "simultaneous", "cascade"))
     max_iterations: int = count(30, "sweeps at most", high=1000)
     inner_iterations: int = count(10, "state updates at most in a sweep (cascade)", high=1000)
     tol_fixedpoint: float = setting(1e-3, "relative residual at which a token's state has "
-                                    "converged; 0 = every sweep is run", low=0, below=1)
+                                    "converged, or what rounding leaves of it if that is more "
+                                    "(bfloat16: 0.004); 0 = every sweep is run", low=0, below=1)
     tol_energy: float = setting(1e-3, "most energy that a retrieval step of a converged token can "
                                 "still gain, bounded by the length of the step", low=0, high=1e6)
     damping: float = setting(1.0, "share tau of a sweep's result in the next state", above=0,

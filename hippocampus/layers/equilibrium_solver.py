@@ -58,13 +58,23 @@ class Solved(struct.PyTreeNode):
     iterates_KBTS: Float[Array, "K B T S"] | None = None
 
 
-def full_effort(config: SolverConfig) -> Effort:
-    """Of evaluation, and of the end of training."""
-    return Effort(None, config.tol_fixedpoint, config.tol_energy)
+def least_tol(dtype: jnp.dtype) -> float:
+    """The relative residual that rounding leaves when a cell's products read this dtype.
+
+    Each of them rounds by up to half the distance of two numbers next to each other. In bfloat16
+    that is 0.004; what was left of a fresh cell's residuals was 0.002 to 0.004 (D = 64).
+    """
+    return float(jnp.finfo(dtype).eps) / 2
 
 
-def effort_at(config: SolverConfig, progress: Float[Array, ""],
-              key: Array | None = None) -> Effort:
+def full_effort(config: SolverConfig, dtype: jnp.dtype = jnp.float32) -> Effort:
+    """Of evaluation, and of the end of training; `dtype`: of the cell's products."""
+    tol = max(config.tol_fixedpoint, least_tol(dtype)) if config.tol_fixedpoint else 0.0
+    return Effort(None, tol, config.tol_energy)
+
+
+def effort_at(config: SolverConfig, progress: Float[Array, ""], key: Array | None = None,
+              dtype: jnp.dtype = jnp.float32) -> Effort:
     """The curriculum after the warm-up: more sweeps, finer tolerances.
 
     Args:
@@ -72,7 +82,9 @@ def effort_at(config: SolverConfig, progress: Float[Array, ""],
         and from `ramp_tol` times the tolerances to themselves.
       progress: share of the training that is done.
       key: draws the sweeps within `jitter` of their number; None = does not.
+      dtype: of the cell's products.
     """
+    last = full_effort(config, dtype)
     if config.ramp_fraction:
         share = jnp.clip((progress - config.warmup_fraction) / config.ramp_fraction, 0.0, 1.0)
     else:
@@ -82,8 +94,8 @@ def effort_at(config: SolverConfig, progress: Float[Array, ""],
     if key is not None and config.jitter:
         limit = limit + jax.random.randint(key, (), -config.jitter, config.jitter + 1)
     loose = config.ramp_tol ** (1 - share)
-    return Effort(jnp.clip(limit, 1, config.max_iterations), config.tol_fixedpoint * loose,
-                  config.tol_energy * loose)
+    return Effort(jnp.clip(limit, 1, config.max_iterations),
+                  jnp.maximum(last.tol, config.tol_fixedpoint * loose), last.tol_energy * loose)
 
 
 def solve_at(progress: Float[Array, ""] | None, cell: EquilibriumCell, params: Any, drive: Drive,
@@ -98,8 +110,8 @@ def solve_at(progress: Float[Array, ""] | None, cell: EquilibriumCell, params: A
     """
     inputs = (cell, params, drive, s0_BTS, config)
     if progress is None:
-        return solve(*inputs, full_effort(config), remat=remat, record=record)
-    effort = effort_at(config, progress, key)
+        return solve(*inputs, full_effort(config, cell.dtype), remat=remat, record=record)
+    effort = effort_at(config, progress, key, cell.dtype)
     if not config.warmup_fraction:
         return solve(*inputs, effort, remat=remat)
     return jax.lax.cond(progress < config.warmup_fraction, lambda: warm_up(*inputs, remat=remat),
@@ -252,7 +264,8 @@ def _with_gradient(cell: EquilibriumCell, s_BTS: Array, args: Any,
         sweep, s_BTS, args, limit=0, max_iterations=1, method=config.method,
         damping=config.damping, memory=config.memory, regularization=config.regularization,
         gradient=config.gradient, phantom_steps=config.phantom_steps,
-        backward_iterations=config.backward_iterations, backward_tol=config.backward_tol).value
+        backward_iterations=config.backward_iterations,
+        backward_tol=max(config.backward_tol, least_tol(cell.dtype))).value
 
 
 def _residual(s: Array, new: Array) -> Array:

@@ -119,7 +119,7 @@ def _advance(cell: EquilibriumCell, args: tuple[Any, Drive], s_BnS: Array) -> An
 
 def _against_equilibrium(cell: EquilibriumCell, args: tuple[Any, Drive], s0_BnS: Array,
                          config: SolverConfig) -> tuple[Array, Any]:
-    effort = full_effort(config)
+    effort = full_effort(config, cell.dtype)
     found = fixed_point(
         schedule_map(cell, config, effort.tol), s0_BnS, args, method=config.method,
         max_iterations=config.max_iterations, tol=effort.tol, damping=config.damping,
@@ -132,7 +132,7 @@ def _along_iterations(
     cell: EquilibriumCell, args: tuple[Any, Drive], s0_BnS: Array, config: SolverConfig,
     frozen_B: Array,
 ) -> tuple[Array, Any, Array]:
-    (params, drive), effort = args, full_effort(config)
+    (params, drive), effort = args, full_effort(config, cell.dtype)
     valid_Bn = drive.valid_BT
     assert valid_Bn is not None
     G = schedule_map(cell, config, effort.tol)

@@ -161,7 +161,7 @@ class EquilibriumLM(nn.Module):
         """Solves from any first state with the solver of the config; as `sweep`."""
         drive = self._drive(self.cell_params[0], u_BTD, document_ids_BT, positions_BT)
         return solve(self.cell, self.cell_params[0], drive, s0_BTS, self.config.solver,
-                     full_effort(self.config.solver), record=record)
+                     full_effort(self.config.solver, self.dtype), record=record)
 
     def first_state(self, u_BTD: Float[Array, "B T D"],
                     document_ids_BT: Int[Array, "B T"] | None,

@@ -153,6 +153,7 @@ def test_a_cell_that_expands_is_told_and_stays_finite(built_equilibrium):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.full
 def test_the_memory_of_the_implicit_gradient_does_not_grow_with_the_sweeps(built_equilibrium):
     def scratch(max_iterations):
         model, _ = built_equilibrium(CONVERGED | {
@@ -178,7 +179,9 @@ def test_the_curriculum_ramps_sweeps_and_tolerances():
     assert drawn == {12, 13, 14, 15, 16}
 
 
-def test_the_warm_up_makes_its_sweeps_then_the_solver_takes_over(built_equilibrium):
+@pytest.fixture(scope="module")
+def warmed(built_equilibrium):
+    """What a cell alone gives in its warm-up of three sweeps, that many by hand, and solved."""
     model, params = built_equilibrium(CELL_ONLY | {
         "model.solver.ramp_fraction": 0.0, "model.solver.warmup_fraction": 0.5,
         "model.solver.warmup_iterations": 3})
@@ -186,19 +189,23 @@ def test_the_warm_up_makes_its_sweeps_then_the_solver_takes_over(built_equilibri
 
     @jax.jit
     def run(progress):
-        _, out, _ = model.apply(variables, batch_of(TOKENS), progress=progress, method="forward")
+        hidden, out, _ = model.apply(variables, batch_of(TOKENS), progress=progress,
+                                     method="forward")
         drive = (out["injection"], None, POSITIONS)
         s = model.apply(variables, *drive, method="first_state")
         for _ in range(3):
             s = model.apply(variables, s, *drive, "alternating", method="sweep")
-        return out, s
+        return {**out, "logits": model.head(params).logits(hidden)[..., :V]}, s
 
-    out, swept = run(0.49)
+    return *run(0.49), run(0.5)[0]
+
+
+def test_the_warm_up_makes_its_sweeps_then_the_solver_takes_over(warmed):
+    out, swept, solved = warmed
     assert out["solver.evaluations"] == 3 and not out["solver.converged"].all()
     assert (out["solver.iterations"] == 3).all()
     assert_close(out["solver.state"], swept, n_operations=T * D)
-    out, _ = run(0.5)
-    assert out["solver.evaluations"] > 3 and out["solver.converged"].all()
+    assert solved["solver.evaluations"] > 3 and solved["solver.converged"].all()
 
 
 def test_a_stream_goes_on_from_its_last_state_within_its_document(built_equilibrium):
@@ -236,10 +243,10 @@ def test_the_rate_is_the_geometric_mean_of_the_residuals_quotients():
 def test_explicit_cells_use_all_their_parameters_and_dropout_draws_by_its_key(
         built_equilibrium):
     model, params = built_equilibrium({
-        "model.solver.method": "explicit", "model.cell.copies": 2, "model.dropout": 0.5,
+        "model.solver.method": "explicit", "model.dropout": 0.5,
         "model.solver.ramp_fraction": 0.0, "model.tie_embeddings": False})
-    assert set(params) == {"embedding", "head", "layers_0", "cells_0", "cells_1",
-                           "norm_injection", "out", "norm_out"}
+    assert set(params) == {"embedding", "head", "layers_0", "cells_0", "norm_injection", "out",
+                           "norm_out"}
 
     @jax.jit
     def run(params, key):
@@ -259,9 +266,9 @@ def test_explicit_cells_use_all_their_parameters_and_dropout_draws_by_its_key(
 
 # ---------------------------------------------------------------- the public call, names, refusals
 
-def test_bfloat16_finds_the_fixed_point_to_its_precision_and_logs_in_float32(built_equilibrium):
-    loose = CELL_ONLY | {"model.solver.tol_fixedpoint": 1e-2}
-    model, params = built_equilibrium(loose | {"model.compute_dtype": "bfloat16"})
+def test_bfloat16_finds_the_fixed_point_to_its_precision_and_logs_in_float32(
+        built_equilibrium, warmed):
+    model, params = built_equilibrium(CELL_ONLY | {"model.compute_dtype": "bfloat16"})
 
     @jax.jit
     def run(params):
@@ -271,12 +278,12 @@ def test_bfloat16_finds_the_fixed_point_to_its_precision_and_logs_in_float32(bui
     logits, out, sums = run(params)
     assert logits.dtype == jnp.float32 and logits.shape == (B, T, V)
     assert out["z_equilibrium"].dtype == jnp.float32 and out["solver.converged"].all()
-    expected, _ = jax.jit(built_equilibrium(loose)[0].apply)({"params": params}, TOKENS)
+    expected = warmed[-1]["logits"]
     assert np.abs(logits - expected).mean() < 0.05 * np.abs(expected).mean()
     assert set(sums) == {
         "solver/iterations", "solver/residual", "solver/converged", "solver/rate",
         "solver/evaluations", "energy/retrieval", "energy/anchor", "energy/total"}
-    assert sums["solver/converged"] == pytest.approx(1) and sums["solver/residual"] < 1e-2
+    assert sums["solver/converged"] == pytest.approx(1) and 1e-4 < sums["solver/residual"] < 4e-3
     energy = out["solver.energy_trace"]
     assert energy.shape == (30, B, T) and energy.dtype == jnp.float32
     last = np.take_along_axis(energy, out["solver.iterations"][None] - 1, 0)[0]
