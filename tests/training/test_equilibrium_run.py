@@ -31,7 +31,8 @@ STEPS, HALF = 6, 4
 RUN: dict[str, Any] = {
     "model__family": "equilibrium", "train__steps": STEPS, "train__grad_accumulation": 2,
     "model__n_layers": 0, "model__cell__parts": ("hopfield", "mlp"),
-    "model__solver__method": "picard", "model__dropout": 0.1, "data__order": "streams", "model__solver__warm_start": "stream",
+    "model__solver__method": "picard", "model__dropout": 0.1, "data__order": "streams",
+    "model__solver__warm_start": "stream",
     "model__solver__warmup_fraction": 0.3, "model__solver__ramp_fraction": 0.3,
     "model__solver__jitter": 1, "model__solver__max_iterations": 4,
     "model__solver__least_converged": 1.0, "loss__equilibrium__jacobian_weight": 0.1,
