@@ -67,6 +67,9 @@ class OptimizerConfig:
     no_decay: tuple[str, ...] = setting(
         (r"(bias|scale|log_decay|log_beta|skip|input_scale)$",),
         "regular expressions over parameter paths that weight decay leaves alone")
+    groups: tuple[tuple[str, float, float], ...] = setting(
+        (), "(regular expression over the parameter path, its learning rate / learning_rate, its "
+        "weight decay instead of weight_decay); the first match counts, and no_decay holds")
     clip_norm: float = setting(1.0, "largest global gradient norm; 0 = no clipping", low=0)
 
 

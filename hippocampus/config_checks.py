@@ -3,61 +3,28 @@
 from __future__ import annotations
 
 import difflib
-import math
-import re
-from typing import Any
+from collections.abc import Callable
 
 from hippocampus.config import (
     MESH_AXES,
-    PATHS,
     RECALL_TASKS,
     TOKENIZERS,
     Config,
     DataConfig,
-    layer_paths,
+    OptimizerConfig,
 )
+from hippocampus.config_checks_equilibrium import check_equilibrium
+from hippocampus.config_checks_hybrid import check_hybrid
 from hippocampus.config_recall import RECALL, check_recall
+from hippocampus.config_refusals import check_divides, pattern_error, shown
 from hippocampus.errors import ConfigError
 from hippocampus.files import check_nameable
 
 _LONGEST_NAME = 255
 """Bytes of a file's name."""
 
-
-def shown(value: Any) -> str:
-    """`repr(value)` for a message: on one line, and cut where it is long."""
-    try:
-        text = " ".join(repr(value).splitlines())
-    except Exception:  # an integer of more digits than Python prints, or anybody's own __repr__
-        return f"a {type(value).__name__} that cannot be printed"
-    return text if len(text) <= 100 else f"{text[:60]}… ({len(text):,} characters)"
-
-
-def pattern_error(pattern: str) -> str:
-    """What is wrong with a regular expression; "" for a good one."""
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        return str(error)
-    return ""
-
-
-def check_text(field: str, value: str) -> None:
-    """Refuses what no file of text can hold, and what none should.
-
-    Raises:
-      ConfigError: naming the field; a password is not shown.
-    """
-    try:
-        value.encode("utf-8")
-        what = "the character NUL" if "\0" in value else ""
-    except UnicodeEncodeError:
-        what = "half a surrogate pair"
-    if re.search(r"\w://[^/\s@]+@", value):  # config.json is made to be shared
-        raise ConfigError(f"{field} is an address with a user name or password in it",
-                          "leave them out; a token belongs into the environment")
-    if what:
-        raise ConfigError(f"{field} is {shown(value)}; it holds {what}", "give it as plain text")
+_FAMILIES: dict[str, Callable[[Config], None]] = {
+    "hybrid": check_hybrid, "equilibrium": check_equilibrium}
 
 
 def check_together(config: Config) -> Config:
@@ -67,48 +34,12 @@ def check_together(config: Config) -> Config:
       ConfigError: with the fields and the numbers that do not fit.
     """
     train, model = config.train, config.model
-
-    def divides(name: str, size: int, by_name: str, by: int) -> None:
-        if size % by:
-            near = max(by, size - size % by)
-            raise ConfigError(f"{name} = {size} is not a multiple of {by_name} = {by}",
-                              f"the nearest multiple is {near}")
-
     _check_name(config.name)
-    divides("train.batch_size", train.batch_size,
-            "train.grad_accumulation", train.grad_accumulation)
-    divides("model.d_model", model.d_model, "model.n_heads", model.n_heads)
-    if not model.paths or len(set(model.paths)) != len(model.paths):
-        raise ConfigError(f"model.paths is {shown(model.paths)}",
-                          f"name each of {', '.join(PATHS)} once")
-    used = {path for paths in layer_paths(model) for path in paths}
-    if "attention" in used and model.attention.n_kv_heads:
-        divides("model.n_heads", model.n_heads, "model.attention.n_kv_heads",
-                model.attention.n_kv_heads)
-    rotary = ("attention" in used and model.position == "rope") or (
-        "hopfield" in used and model.hopfield.rope)
-    if rotary and model.d_model // model.n_heads % 2:
-        raise ConfigError(f"rotary positions need an even head width, not model.d_model / "
-                          f"model.n_heads = {model.d_model // model.n_heads}",
-                          "change model.n_heads, or take model.position=learned")
-    if "ssm" in used:
-        inner = model.ssm.expansion * model.d_model
-        if not math.isclose(inner, round(inner)):
-            raise ConfigError(f"model.ssm.expansion * model.d_model = {inner:g} is not whole",
-                              "choose an expansion such as 1, 1.5 or 2")
-        divides("model.ssm.expansion * model.d_model", round(inner), "model.n_heads", model.n_heads)
-    if not model.hopfield.depth_schedule:
-        raise ConfigError("model.hopfield.depth_schedule is empty", "give at least one number")
-    if model.segments.train > 1 and model.segments.eval < model.segments.train:
-        raise ConfigError(f"model.segments.eval = {model.segments.eval} is less than "
-                          f"model.segments.train = {model.segments.train}",
-                          "evaluation needs at least the passes of training")
-    if not model.segments.weights or model.segments.weights[-1] <= 0:
-        raise ConfigError("the last of model.segments.weights must be above 0",
-                          "the last pass is the one that predicts")
-    if config.loss.rectified_flow.segment_weight and model.segments.train < 2:
-        raise ConfigError("loss.rectified_flow.segment_weight needs model.segments.train of at "
-                          "least 2", "it is the flow from the first pass to the last")
+    check_divides("train.batch_size", train.batch_size,
+                  "train.grad_accumulation", train.grad_accumulation)
+    _check_groups(config.optimizer)
+    check_divides("model.d_model", model.d_model, "model.n_heads", model.n_heads)
+    _FAMILIES[model.family](config)
     _check_data(config.data)
     if not config.sample.prompt:
         raise ConfigError("sample.prompt is empty", "give at least one character")
@@ -119,19 +50,25 @@ def check_together(config: Config) -> Config:
             wrong = f"the axis {shown(sorted(unknown)[0])}" if unknown else "an axis twice"
             raise ConfigError(f"mesh.rules names {wrong} for {shown(pattern)}",
                               f"known: {', '.join(MESH_AXES)}, -; each once")
-    divides("data.context", config.data.context, "mesh.sequence", config.mesh.sequence)
-    if model.position == "learned" and 0 < model.max_length < config.data.context:
-        raise ConfigError(f"model.max_length = {model.max_length} is less than data.context = "
-                          f"{config.data.context}", "learned positions need a row per token")
+    check_divides("data.context", config.data.context, "mesh.sequence", config.mesh.sequence)
     context = config.eval.context or config.data.context
     if config.eval.stride > context:
         raise ConfigError(f"eval.stride = {config.eval.stride} is more than the evaluation's "
                           f"context of {context}", "tokens would be left out; 0 = disjoint windows")
-    if model.position == "learned" and context > (model.max_length or config.data.context):
+    longest = model.longest_row(config.data.context)
+    if longest is not None and context > longest:
         raise ConfigError(f"eval.context = {context} is more than the learned positions, "
-                          f"{model.max_length or config.data.context}",
-                          "raise model.max_length, or take model.position=rope")
+                          f"{longest}", "raise model.max_length, or take model.position=rope")
     return config
+
+
+def _check_groups(optimizer: OptimizerConfig) -> None:
+    """Refuses rates and decays of `optimizer.groups` that no update can have."""
+    for pattern, scale, decay in optimizer.groups:
+        for what, value in (("learning_rate_scale", scale), ("weight_decay", decay)):
+            if not 0 <= value <= 100:
+                raise ConfigError(f"optimizer.groups has {what} = {value:g} for {shown(pattern)}",
+                                  "it must be at least 0 and at most 100")
 
 
 def _check_name(name: str) -> None:

@@ -119,6 +119,20 @@ class EquilibriumConfig:
     cell: CellConfig = group(CellConfig)
     solver: SolverConfig = group(SolverConfig)
 
+    @property
+    def passes(self) -> int:
+        """Reasoning passes: one, in which the fixed point is the depth."""
+        return 1
+
+    @property
+    def is_explicit(self) -> bool:
+        """Whether there is no fixed point, only cells in a row."""
+        return self.solver.method == "explicit"
+
+    def longest_row(self, context: int) -> int | None:
+        """Tokens that a row can have: any number."""
+        return None
+
 
 @dataclass(frozen=True)
 class EquilibriumLossConfig:

@@ -24,7 +24,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from hippocampus.config import FAMILIES, Config
-from hippocampus.config_checks import check_together, shown
+from hippocampus.config_checks import check_together
+from hippocampus.config_refusals import shown
 from hippocampus.config_values import check_value, did_you_mean, parse_value
 from hippocampus.errors import ConfigError, DataError, HippocampusError
 
@@ -91,12 +92,30 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     """The checked config of a plain nested mapping (a ConfigDict's, or config.json's)."""
     model = values.get("model")
     family = model.get("family", "hybrid") if isinstance(model, Mapping) else "hybrid"
-    return check_together(_build(Config, values, "", {"model": _family_class(family)}))
+    _family_class(family)  # refuses one that there is not
+    return check_together(_build(Config, values, "", family))
 
 
 def fields(config: Config) -> dict[str, Any]:
     """Every leaf field by its dotted name, such as `{"train.steps": 1000, …}`."""
     return dict(_leaves(dataclasses.asdict(config)))
+
+
+def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
+    """The config with other values of some leaf fields, by their dotted names; nothing is checked.
+
+    Fields that have the value already leave the config as it is.
+    """
+    for name, value in values.items():
+        config = _with_field(config, name.split("."), value)
+    return config
+
+
+def _with_field(group: Any, path: Sequence[str], value: Any) -> Any:
+    first, *rest = path
+    old = getattr(group, first)
+    new = _with_field(old, rest, value) if rest else value
+    return group if new is old else dataclasses.replace(group, **{first: new})
 
 
 def to_json(config: Config, automatic: Sequence[str] = ()) -> str:
@@ -144,7 +163,7 @@ def from_json(content: Any, path: Path) -> tuple[Config, tuple[str, ...]]:
 
 # ---------------------------------------------------------------- nested mappings
 
-def _build(cls: type, values: Any, prefix: str, groups: Mapping[str, type]) -> Any:
+def _build(cls: type, values: Any, prefix: str, family: str) -> Any:
     """The dataclass `cls` of a mapping, every key known and every value checked."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{prefix.rstrip('.')} is {shown(values)}; it must be a group of fields",
@@ -153,10 +172,10 @@ def _build(cls: type, values: Any, prefix: str, groups: Mapping[str, type]) -> A
     arguments = {}
     for key, value in values.items():
         if key not in kinds:
-            raise _no_field(f"{prefix}{key}")
-        kind = groups.get(key, kinds[key])
+            raise _no_field(f"{prefix}{key}", family)
+        kind = FAMILIES[family] if f"{prefix}{key}" == "model" else kinds[key]
         if dataclasses.is_dataclass(kind):
-            arguments[key] = _build(typing.cast(type, kind), value, f"{prefix}{key}.", {})
+            arguments[key] = _build(typing.cast(type, kind), value, f"{prefix}{key}.", family)
         else:
             limits = cls.__dataclass_fields__[key].metadata  # type: ignore[attr-defined]
             arguments[key] = check_value(f"{prefix}{key}", value, kind, limits)
@@ -179,25 +198,33 @@ def _override(values: dict, field: str, value: Any) -> None:
     """Sets `values["a"]["b"]` for the field "a.b"; the field must exist."""
     *groups, last = field.split(".")
     cls: Any = Config
+    model = values.get("model")
+    family = model.get("family", "hybrid") if isinstance(model, dict) else "hybrid"
     for group in groups:
         kind = _kinds(cls).get(group) if dataclasses.is_dataclass(cls) else None
         if kind is None:
-            raise _no_field(field)
+            raise _no_field(field, family)
         values = values.setdefault(group, {})
         if not isinstance(values, dict):
             raise ConfigError(f"{group} is {shown(values)}; it must be a group of fields",
                               "start the config from defaults()")
-        cls = _family_class(values.get("family", "hybrid")) if group == "model" else kind
+        cls = _family_class(family) if group == "model" else kind
     kind = _kinds(cls).get(last) if dataclasses.is_dataclass(cls) else None
     if kind is None:
-        raise _no_field(field)
+        raise _no_field(field, family)
     if dataclasses.is_dataclass(kind):
         raise ConfigError(f"{field} is a group of fields", _group_hint(f"{field}.", kind))
     values[last] = parse_value(field, value, kind) if isinstance(value, str) else value
 
 
-def _no_field(field: str) -> ConfigError:
+def _no_field(field: str, family: Any) -> ConfigError:
+    """An error for a name that is no field, or none of the family's."""
     printable = field if re.fullmatch(r"[\w.-]{1,99}", field) else shown(field)
+    others = [other for other, names in _fields_of_families().items()
+              if any(name == field or name.startswith(f"{field}.") for name in names)]
+    if others:
+        return ConfigError(f"{printable} is not a field of the {family} family",
+                           f"it belongs to model.family={others[0]}")
     return ConfigError(f"{printable} is not a field", nearest_field(field[:99]))
 
 
@@ -209,10 +236,15 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
+@functools.cache
+def _fields_of_families() -> dict[str, tuple[str, ...]]:
+    """Every leaf field by its dotted name, for every family."""
+    return {family: tuple(fields(Config(model=cls()))) for family, cls in FAMILIES.items()}
+
+
 def nearest_field(field: str) -> str:
     """A hint for the name of a field that does not exist."""
-    known = [name for family in FAMILIES.values()
-             for name in fields(Config(model=family()))]
+    known = [name for names in _fields_of_families().values() for name in names]
     same_leaf = [name for name in known if name.split(".")[-1] == field.split(".")[-1]]
     close = difflib.get_close_matches(field, known, n=1, cutoff=0.6) or same_leaf[:1] or [
         name for name in known

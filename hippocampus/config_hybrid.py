@@ -134,6 +134,19 @@ class HybridConfig:
     mlp: MLPConfig = group(MLPConfig)
     segments: SegmentsConfig = group(SegmentsConfig)
 
+    @property
+    def passes(self) -> int:
+        """Reasoning passes of training."""
+        return self.segments.train
+
+    def longest_row(self, context: int) -> int | None:
+        """Tokens that a row can have: the learned positions; None = any number.
+
+        Args:
+          context: of the training, for a config that is not resolved yet.
+        """
+        return (self.max_length or context) if self.position == "learned" else None
+
 
 def layer_paths(model: HybridConfig) -> tuple[tuple[str, ...], ...]:
     """The paths of each layer, in the order of `PATHS`.

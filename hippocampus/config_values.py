@@ -10,8 +10,11 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from hippocampus.config_checks import check_text, pattern_error, shown
+from hippocampus.config_refusals import check_text, pattern_error, shown
 from hippocampus.errors import ConfigError
+
+_PATTERNS = ("optimizer.no_decay", "optimizer.groups", "mesh.rules")
+"""Fields whose texts are regular expressions."""
 
 
 def check_value(field: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> Any:
@@ -89,7 +92,7 @@ def _check_tuple(field: str, value: Any, kind: Any, limits: Mapping[str, Any]) -
     kinds = [items[0]] * len(value) if items[-1] is Ellipsis else items
     checked = tuple(check_value(f"{field}[{i}]", v, k, limits)
                     for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
-    if any(word in field for word in ("no_decay", "rules")):
+    if field.startswith(_PATTERNS):
         for entry in checked:
             _check_pattern(field, entry)
     return checked

@@ -10,6 +10,7 @@ import jax
 
 from hippocampus import xla_flags
 from hippocampus.config import Config
+from hippocampus.config_files import fields, with_fields
 from hippocampus.errors import ConfigError
 
 
@@ -112,6 +113,14 @@ def chip(device: Device) -> Chip | None:
     return None
 
 
+_AUTOMATIC: dict[str, dict[str, str]] = {
+    "hybrid": {"model.attention.backend": "attention", "model.ssm.backend": "scan"},
+    "equilibrium": {"model.hopfield.backend": "attention", "model.ssm.backend": "scan",
+                    "model.cell.ssm.backend": "scan"},
+}
+"""Of each model family: fields that can be "auto" -> what of a `Choice` decides them."""
+
+
 def choose(device: Device) -> Choice:
     """The row of the table for a device; an unknown platform gets the CPU's portable choices."""
     for platform, kind, capability, choice in _TABLE:
@@ -146,36 +155,42 @@ def resolve(config: Config, device: Device | None = None,
     """
     device = device or this_device()
     choice = choose(device)
+    known, kinds = fields(config), _AUTOMATIC[config.model.family]
     if config.train.deterministic and device.platform == "gpu":
-        if config.model.attention.backend == "cudnn":
-            raise ConfigError("model.attention.backend is cudnn with train.deterministic",
-                              "cuDNN adds gradients in any order; use auto or xla")
+        for name, kind in kinds.items():
+            if kind == "attention" and known[name] == "cudnn":
+                raise ConfigError(f"{name} is cudnn with train.deterministic",
+                                  "cuDNN adds gradients in any order; use auto or xla")
         choice = dataclasses.replace(choice, attention="xla")
-    model = config.model
-    values = {
-        "model.compute_dtype": (model.compute_dtype, choice.compute_dtype),
-        "model.attention.backend": (model.attention.backend, choice.attention),
-        "model.ssm.backend": (model.ssm.backend, choice.scan),
-        "loss.backend": (config.loss.backend, _loss_backend(model.vocab_size, device)),
-    }
-    decided = tuple(name for name, (asked, _) in values.items()
-                    if asked == "auto" or name in automatic)
-    final = {name: best if name in decided else asked for name, (asked, best) in values.items()}
-    attention = final["model.attention.backend"]
-    if attention in _FUSED_ATTENTION and choice.attention != attention:
-        raise ConfigError(
-            f"model.attention.backend is {attention} on {device.kind or device.platform}",
-            f"{_FUSED_ATTENTION[attention]}; use auto or xla")
-    if final["loss.backend"] == "fused" and not _is_hopper(device):
-        raise ConfigError(f"loss.backend is fused on {device.kind or device.platform}",
+    best = {"model.compute_dtype": choice.compute_dtype,
+            **{name: getattr(choice, kind) for name, kind in kinds.items()},
+            "loss.backend": _loss_backend(config.model.vocab_size, device)}
+    decided = tuple(name for name in best if known[name] == "auto" or name in automatic)
+    config = with_fields(config, {name: best[name] for name in decided})
+    _check_backends(config, device, choice.attention)
+    if "model.max_length" in known:
+        length = known["model.max_length"] or config.data.context
+        config = with_fields(config, {"model.max_length": length})
+    return config, decided
+
+
+def portable(config: Config) -> Config:
+    """The config with attention that can be traced without the device that it is for."""
+    kinds = _AUTOMATIC[config.model.family]
+    return with_fields(config, {name: "xla" for name, kind in kinds.items() if kind == "attention"})
+
+
+def _check_backends(config: Config, device: Device, fused: str) -> None:
+    """Refuses kernels that a device does not have; `fused`: the attention that suits it."""
+    where = device.kind or device.platform
+    for name, kind in _AUTOMATIC[config.model.family].items():
+        asked = fields(config)[name]
+        if kind == "attention" and asked in _FUSED_ATTENTION and asked != fused:
+            raise ConfigError(f"{name} is {asked} on {where}",
+                              f"{_FUSED_ATTENTION[asked]}; use auto or xla")
+    if config.loss.backend == "fused" and not _is_hopper(device):
+        raise ConfigError(f"loss.backend is fused on {where}",
                           "its kernel is for NVIDIA Hopper; use auto or chunked")
-    model = dataclasses.replace(
-        model, compute_dtype=final["model.compute_dtype"],
-        attention=dataclasses.replace(model.attention, backend=attention),
-        ssm=dataclasses.replace(model.ssm, backend=final["model.ssm.backend"]),
-        max_length=model.max_length or config.data.context)
-    loss = dataclasses.replace(config.loss, backend=final["loss.backend"])
-    return dataclasses.replace(config, model=model, loss=loss), decided
 
 
 def prepare_deterministic() -> None:

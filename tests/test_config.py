@@ -501,5 +501,7 @@ def test_layer_paths_come_in_the_order_of_paths_and_start_late():
     assert layer_paths(model) == (("attention",), ("attention",), ("ssm", "hopfield"))
 
 
-def test_check_together_returns_the_config():
-    assert check_together(Config()) == Config() and set(FAMILIES) == {"hybrid"}
+@pytest.mark.parametrize("family", FAMILIES)
+def test_check_together_returns_the_config(family):
+    config = Config(model=FAMILIES[family]())
+    assert check_together(config) is config and config.model.family == family

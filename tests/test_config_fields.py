@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_dict
 
 from hippocampus.config import Config
-from hippocampus.config_checks import shown
 from hippocampus.config_files import defaults, fields, from_json, load_config, read_json, to_json
+from hippocampus.config_refusals import shown
 from hippocampus.devices import resolve
 from hippocampus.errors import ConfigError, DataError
 from hippocampus.evaluation.report import Windows

@@ -154,8 +154,8 @@ def choose_windows(config: Config, request: Request) -> Windows:
     if stride > context:
         raise ConfigError(f"--stride={stride} is more than the context of {context}",
                           "tokens would be left out; 0 = disjoint windows")
-    limit = config.model.max_length or config.data.context
-    if config.model.position == "learned" and context > limit:
+    limit = config.model.longest_row(config.data.context)
+    if limit is not None and context > limit:
         raise ConfigError(f"--context={context} is more than the {limit} learned positions of the "
                           "model", f"at most {limit}; rotary positions go beyond")
     return Windows(context, stride, batch_size)

@@ -94,11 +94,10 @@ class Request:
         for name, value, good, allowed in checks:
             if not good:
                 raise ConfigError(f"{name} is {value!r}", f"it must be {allowed}")
-        trained = model.config.segments.train
-        if segments is not None and segments > trained == 1:
+        if segments is not None and segments > model.config.passes == 1:
             raise ConfigError(f"segments is {segments}, and the model was trained with one pass",
                               "it must be 1; train with model.segments.train above 1 for more")
-        if skip and not model.flow_width:
+        if skip and not getattr(model, "flow_width", 0):  # families without a reasoner have none
             raise ConfigError("skip needs a segment flow, which the model does not have",
                               "train with loss.rectified_flow.segment_weight above 0")
         if skip and segments is not None:

@@ -189,14 +189,14 @@ class LanguageModel:
     @property
     def context(self) -> int:
         """Tokens that the model looks back to."""
-        cfg = self.model.config
-        return cfg.max_length if cfg.position == "learned" else self.config.data.context
+        context = self.config.data.context
+        return self.model.config.longest_row(context) or context
 
     def room(self, prompt: str) -> float:
         """Tokens that can be written behind a prompt; infinite but for learned positions."""
-        if self.model.config.position != "learned":
-            return math.inf
-        return max(0, self.context - len(self.tokenizer.encode(prompt)))
+        longest = self.model.config.longest_row(self.config.data.context)
+        return math.inf if longest is None else max(
+            0, longest - len(self.tokenizer.encode(prompt)))
 
     @overload
     def score(self, text: str) -> Score: ...  # type: ignore[overload-overlap]
@@ -245,11 +245,12 @@ class LanguageModel:
         ids = self.tokenizer.encode(text)
         if not len(ids):
             raise ConfigError(f"{name} is empty", "give at least one character")
-        learned = self.model.config.position == "learned" and request.max_new_tokens
-        if learned and len(ids) + request.max_new_tokens > self.context:
+        longest = self.model.config.longest_row(self.config.data.context)
+        new = request.max_new_tokens
+        if longest is not None and new and len(ids) + new > longest:
             raise ConfigError(
-                f"{name} of {len(ids)} tokens and max_new_tokens of {request.max_new_tokens} are "
-                f"more than the model's {self.context} learned positions",
+                f"{name} of {len(ids)} tokens and max_new_tokens of {new} are "
+                f"more than the model's {longest} learned positions",
                 "give less of one of them")
         return ids
 

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int
 from hippocampus.config import SSMConfig
 from hippocampus.layers.edits import Edit, no_edit
 from hippocampus.layers.temporal_layer import TemporalLayer
-from hippocampus.ops.causal_conv import causal_conv
+from hippocampus.ops.causal_conv import causal_conv, last_inputs
 from hippocampus.ops.gated_scan import SHARPNESS, decay_and_input, gated_scan, input_size
 from hippocampus.ops.linear_scan import linear_scan
 
@@ -94,7 +94,7 @@ class ModernSSM(TemporalLayer):
         E = round(cfg.expansion * D)
         x_BTE, z_BTE = jnp.split(
             nn.Dense(2 * E, use_bias=False, dtype=self.dtype, name="in")(u_BTD), 2, axis=-1)
-        kernel_WE = self.param("conv_kernel", _conv_init, (cfg.d_conv, E))
+        kernel_WE = self.param("conv_kernel", conv_init, (cfg.d_conv, E))
         bias_E = self.param("conv_bias", nn.initializers.zeros, (E,))
         c_BTE = jax.nn.silu(causal_conv(
             x_BTE, kernel_WE.astype(self.dtype), bias_E.astype(self.dtype),
@@ -108,7 +108,7 @@ class ModernSSM(TemporalLayer):
         recurrence = self._gated if cfg.kind == "gated" else self._diagonal
         h_BTE, out = recurrence(c_BTE, scale_E, first_BT, cache, valid_BT)
         if cache is not None:
-            cache = SSMCache(_last_inputs(cache.conv_BwE, x_BTE, valid_BT), out["state"][:, -1])
+            cache = SSMCache(last_inputs(cache.conv_BwE, x_BTE, valid_BT), out["state"][:, -1])
         y_BTE = h_BTE.astype(self.dtype) * jax.nn.gelu(z_BTE)
         y_BTD = nn.Dense(D, use_bias=False, dtype=self.dtype, name="out")(y_BTE)
         out["out"] = y_BTD = self.edit("out", y_BTD)
@@ -183,17 +183,8 @@ class BlockDiagonal(nn.Module):
         return y.reshape(self.n_outputs, B, T, E) + bias[:, None, None].astype(self.dtype)
 
 
-def _last_inputs(before_BwE: Array, x_BTE: Array, valid_BT: Array) -> Array:
-    """The last w inputs that count."""
-    w = before_BwE.shape[1]
-    all_BtE = jnp.concatenate([before_BwE, x_BTE.astype(before_BwE.dtype)], axis=1)
-    if x_BTE.shape[1] == 1:
-        return jnp.where(valid_BT[..., None], all_BtE[:, 1:], before_BwE)
-    return jax.vmap(lambda row, n: jax.lax.dynamic_slice_in_dim(row, n, w))(
-        all_BtE, valid_BT.sum(1))
-
-
-def _conv_init(key: Array, shape: tuple[int, int]) -> Array:
+def conv_init(key: Array, shape: tuple[int, int]) -> Float[Array, "W E"]:
+    """Taps of a depthwise convolution, uniform in +-1 / sqrt(W)."""
     bound = shape[0] ** -0.5
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 

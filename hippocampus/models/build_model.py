@@ -12,12 +12,18 @@ from jaxtyping import Array
 
 from hippocampus.config import Config
 from hippocampus.devices import Device, resolve
+from hippocampus.models.equilibrium_lm import EquilibriumLM
 from hippocampus.models.hybrid_lm import HybridLM
 
-FAMILIES = {"hybrid": lambda config: HybridLM(config.model, _flow_width(config))}
+LM = HybridLM | EquilibriumLM
+"""A model of any family."""
+
+FAMILIES: dict[str, Callable[[Any], Any]] = {
+    "hybrid": lambda config: HybridLM(config.model, _flow_width(config)),
+    "equilibrium": lambda config: EquilibriumLM(config.model)}
 
 
-def build_model(config: Config, device: Device | None = None) -> HybridLM:
+def build_model(config: Config, device: Device | None = None) -> Any:
     """The Flax module of a config; reads no data and no weights.
 
     Args:
@@ -32,13 +38,13 @@ def build_model(config: Config, device: Device | None = None) -> HybridLM:
 
 
 @functools.lru_cache(maxsize=8)
-def parameter_shapes(model: HybridLM) -> Any:
+def parameter_shapes(model: LM) -> Any:
     """The parameter tree as `jax.ShapeDtypeStruct`s; nothing is computed."""
     return jax.eval_shape(initialise(model), jax.random.key(0))
 
 
 @functools.lru_cache(maxsize=8)
-def initialise(model: HybridLM) -> Callable[[Array], Any]:
+def initialise(model: LM) -> Callable[[Array], Any]:
     """A function key -> the first parameters, which is traced once in a process."""
     def parameters(key: Array) -> Any:
         return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
@@ -46,7 +52,7 @@ def initialise(model: HybridLM) -> Callable[[Array], Any]:
     return jax.jit(parameters, inline=True)
 
 
-def count_parameters(model: HybridLM) -> int:
+def count_parameters(model: LM) -> int:
     """Parameters of the model; the padding of its tables does not count."""
     shapes = parameter_shapes(model)
     total = sum(leaf.size for leaf in jax.tree.leaves(shapes))

@@ -17,12 +17,11 @@ from hippocampus.config import PATHS, HybridConfig, depth, layer_paths
 from hippocampus.layers.dropout import Dropout
 from hippocampus.layers.edits import Edit, no_edit, scoped
 from hippocampus.layers.gated_mixer import GatedMixer
-from hippocampus.layers.gru import GRU
 from hippocampus.layers.mlp import MLP
-from hippocampus.layers.modern_ssm import ModernSSM
 from hippocampus.layers.mor_hopfield import MoRHopfield
 from hippocampus.layers.norms import RMSNorm
 from hippocampus.layers.self_attention import SelfAttention
+from hippocampus.layers.state_space import state_space
 from hippocampus.models.interventions import NEUTRAL_LAYER, LayerInterventions
 
 
@@ -139,10 +138,8 @@ class HybridBlock(nn.Module):
         cfg: HybridConfig = self.config
         common: dict[str, Any] = {"dtype": self.dtype, "edit": scoped(self.edit, f"{path}."),
                                   **parent}
-        if path == "ssm" and cfg.ssm.kind == "gru":
-            return GRU(cfg.ssm, name=path, **common)
         if path == "ssm":
-            return ModernSSM(cfg.ssm, cfg.n_heads, name=path, **common)
+            return state_space(cfg.ssm, cfg.n_heads, name=path, **common)
         if path == "hopfield":
             return MoRHopfield(cfg.hopfield, cfg.n_heads, self.spec.depth, cfg.rope_theta,
                                cfg.attention.backend, name=path, **common)

@@ -114,7 +114,7 @@ class HybridLM(nn.Module):
           `out["flow.skip_hidden"]` is the first pass plus one Euler step towards the last.
         """
         cfg, tokens_BT = self.config, batch.tokens_BT
-        positions_BT = _positions(batch)
+        positions_BT = token_positions(batch)
         key = self.make_rng("dropout") if train and self.has_rng("dropout") else None
         if key is not None and cfg.token_noise:
             tokens_BT = noisy(tokens_BT, cfg.token_noise, jax.random.fold_in(key, _NOISE))
@@ -358,7 +358,8 @@ def noisy(tokens_BT: Int[Array, "B T"], chance: float, key: Array) -> Int[Array,
     return jnp.where(replaced_BT, jnp.roll(tokens_BT, -1, axis=0), tokens_BT)
 
 
-def _positions(batch: Batch) -> Int[Array, "B T"]:
+def token_positions(batch: Batch) -> Int[Array, "B T"]:
+    """The place of every token in its document, from the ids where the batch does not say."""
     if batch.positions_BT is not None:
         return batch.positions_BT
     index = jnp.broadcast_to(jnp.arange(batch.tokens_BT.shape[1]), batch.tokens_BT.shape)

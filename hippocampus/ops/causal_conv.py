@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from hippocampus.ops import placement
 from hippocampus.ops.placement import SEQUENCE
@@ -36,6 +36,24 @@ def causal_conv(
             _own_tokens, (x_BTE, kernel_WE, bias_E, document_ids_BT),
             (lies, (None, "tensor"), ("tensor",), ("batch", SEQUENCE)), lies)
     return _convolve(x_BTE, kernel_WE, bias_E, document_ids_BT)
+
+
+def last_inputs(
+    before_BwE: Float[Array, "B w E"], x_BTE: Float[Array, "B T E"], valid_BT: Bool[Array, "B T"],
+) -> Float[Array, "B w E"]:
+    """The last w inputs that count: what the next call of `causal_conv` takes as `before_BwE`.
+
+    Args:
+      before_BwE: the inputs before.
+      x_BTE: new ones; a row's valid ones come first.
+      valid_BT: which count.
+    """
+    w = before_BwE.shape[1]
+    all_BtE = jnp.concatenate([before_BwE, x_BTE.astype(before_BwE.dtype)], axis=1)
+    if x_BTE.shape[1] == 1:
+        return jnp.where(valid_BT[..., None], all_BtE[:, 1:], before_BwE)
+    return jax.vmap(lambda row, n: jax.lax.dynamic_slice_in_dim(row, n, w))(
+        all_BtE, valid_BT.sum(1))
 
 
 def _own_tokens(x: Array, kernel: Array, bias: Array, ids: Array | None) -> Array:

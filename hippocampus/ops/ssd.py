@@ -1,6 +1,7 @@
 """SSD (Mamba-2): a selective state space with one decay a head, as matrix products of chunks.
 
-With l_t = dt_t A and s_t = l_1 + … + l_t within a chunk, h_0 the state in front of it:
+With l_t = dt_t A and s_t its sum over the tokens of a chunk and document up to t, h_0 the state in
+front of the chunk:
 
     y_i = sum_{j <= i} exp(s_i - s_j) (C_i B_j) dt_j x_j + exp(s_i) C_i h_0
     h'  = exp(s_last) h_0 + sum_j exp(s_last - s_j) B_j (dt_j x_j)^T
@@ -112,20 +113,29 @@ class _Decays(NamedTuple):
     into: Array  # B,n,H,C
     out: Array  # B,n,H,C
     whole: Array  # B,n,H
+    within: Array  # B,n,1,i,j; j <= i of the same document
 
 
 def _decays(size: int, logs: Array, reset: Array | None) -> _Decays:
-    s = jnp.cumsum(_heads_first(size, logs), -1)
-    within = jnp.tril(jnp.ones((size, size), bool))
-    into, out = jnp.exp(s), jnp.exp(s[..., -1:] - s)
+    within = jnp.tril(jnp.ones((1, 1, 1, size, size), bool))
     if reset is not None:
         document = jnp.cumsum(reset.reshape(reset.shape[0], -1, 1, size), -1)
         within = within & (document[..., :, None] == document[..., None, :])
+    # One sum over the chunk would round a document's part by what the one before it added up to.
+    s = _sums(within, _heads_first(size, logs))
+    into, out = jnp.exp(s), jnp.exp(s[..., -1:] - s)
+    if reset is not None:
         into = jnp.where(document == 0, into, 0.0)
         out = jnp.where(document == document[..., -1:], out, 0.0)
     # The mask comes before exp, which overflows above the diagonal.
     pairs = jnp.exp(jnp.where(within, s[..., :, None] - s[..., None, :], -jnp.inf))
-    return _Decays(pairs, into, out, into[..., -1])
+    return _Decays(pairs, into, out, into[..., -1], within)
+
+
+def _sums(mask: Array, v: Array) -> Array:
+    """Sums over the tokens j of a chunk that a row i of the mask has: B,n,H,j -> B,n,H,i."""
+    mask = jnp.broadcast_to(mask[:, :, 0], (*v.shape[:2], *mask.shape[-2:])).astype(v.dtype)
+    return jnp.einsum("bnij,bnhj->bnhi", mask, v, precision=lax.Precision.HIGHEST)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -169,7 +179,8 @@ def _chunks_backward(size: int, saved: tuple,
     of_end = decays.out * (_dot(_of_heads(Bn, x), behind.astype(x.dtype)) * z).sum(-1)
     ds = of_pairs.sum(-1) - of_pairs.sum(-2) + of_start - of_end
     through = of_end.sum(-1) + decays.whole * (starts * behind).sum((-1, -2))
-    dlogs = _time_first(jnp.flip(jnp.cumsum(jnp.flip(ds, -1), -1), -1) + through[..., None])
+    dlogs = _time_first(_sums(_transpose(decays.within), ds)
+                        + through[..., None] * decays.within[..., -1, :])
     if reset is not None:
         dlogs = jnp.where(reset[..., None], 0.0, dlogs)
     return ((dz * dt[..., None]).astype(x.dtype), (dz * x).sum(-1), dlogs,

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from hippocampus.config import MESH_AXES, Config
-from hippocampus.devices import choose, resolve
+from hippocampus.devices import choose, portable, resolve
 from hippocampus.models.build_model import build_model, count_parameters
 from hippocampus.models.flops import training_flops_per_token
 from hippocampus.planning.compile import CompiledStep, compile_step, largest_batch
@@ -119,9 +119,7 @@ def make_plan(config: Config, topology: Topology, say: Callable[[str], Any] = pr
     if compiles:
         mesh = sharding.make_mesh(config.mesh, compile_only_devices(topology))
     # The shapes of parameters depend on no backend, and cuDNN's cannot even be traced without one.
-    shapes_of = config if compiles else dataclasses.replace(config, model=dataclasses.replace(
-        config.model, attention=dataclasses.replace(config.model.attention, backend="xla")))
-    model, step = build_model(shapes_of, device), None
+    model, step = build_model(config if compiles else portable(config), device), None
     if compiles:
         say(f"compiling the training step of {config.name} for {topology.n_devices} x "
             f"{device.kind} (minutes for a large model) …")

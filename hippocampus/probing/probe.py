@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from hippocampus.config import PATHS, Config
+from hippocampus.config import PATHS, Config, EquilibriumConfig, HybridConfig
 from hippocampus.data.batches import Batch
 from hippocampus.data.evaluation_windows import EvaluationWindows
 from hippocampus.data.recall_rows import RecallWindows
@@ -43,7 +43,7 @@ from hippocampus.evaluation.stand_alone import (
 from hippocampus.exports.folder import is_export
 from hippocampus.generation.language_model import LanguageModel
 from hippocampus.models.hybrid_block import BlockSpec, block_specs
-from hippocampus.models.interventions import Interventions
+from hippocampus.models.interventions import NEUTRAL, Interventions
 from hippocampus.ops.cross_entropy import token_nll
 from hippocampus.probing.measured import Measured
 from hippocampus.runs.run_folder import environment
@@ -96,8 +96,8 @@ class Probe:
 
     @property
     def specs(self) -> tuple[BlockSpec, ...]:
-        """Of every layer."""
-        return block_specs(self.config.model)
+        """Of every layer; () for a family whose layers have no paths."""
+        return specs_of(self.config.model)
 
     @property
     def n_layers(self) -> int:
@@ -112,7 +112,8 @@ class Probe:
     @property
     def present(self) -> Bool[np.ndarray, "L P"]:
         """Which layer has which path."""
-        return np.asarray([[path in spec.paths for path in PATHS] for spec in self.specs])
+        rows = [[path in spec.paths for path in PATHS] for spec in self.specs]
+        return np.asarray(rows, bool).reshape(-1, len(PATHS))
 
     @cached_property
     def host_batches(self) -> tuple[Batch, ...]:
@@ -127,8 +128,10 @@ class Probe:
     @cached_property
     def neutral(self) -> Interventions:
         """Every array that can be changed, changing nothing."""
+        if not self.specs:
+            return NEUTRAL
         B, T = self.windows.batch_size, self.windows.context
-        return Interventions.neutral(self.n_layers, B, T, self.config.model.segments.train)
+        return Interventions.neutral(self.n_layers, B, T, self.config.model.passes)
 
     @cached_property
     def baseline(self) -> Measured:
@@ -140,6 +143,9 @@ class Probe:
 
         Args:
           change: what to change; arrays that are None are the neutral ones.
+
+        Raises:
+          ConfigError: something that this family of models does not have.
         """
         sums = []
         for i, batch in enumerate(self.batches):
@@ -193,9 +199,18 @@ class Probe:
         arrays: dict[str, Any] = {}
         for field in dataclasses.fields(Interventions):
             neutral, value = getattr(self.neutral, field.name), getattr(given, field.name)
+            if neutral is None and value is not None:
+                raise ConfigError(f"Interventions.{field.name} is of the blocks of a hybrid model",
+                                  f"this is of the {self.config.model.family} family: measure it "
+                                  "without")
             # By NumPy, because a conversion by JAX is one more program to compile.
             arrays[field.name] = neutral if value is None else np.asarray(value, neutral.dtype)
         return Interventions(**jax.device_put(arrays))
+
+
+def specs_of(model: HybridConfig | EquilibriumConfig) -> tuple[BlockSpec, ...]:
+    """What every block of a model has; () for a family that is not made of blocks with paths."""
+    return block_specs(model) if isinstance(model, HybridConfig) else ()
 
 
 def open_probe(
@@ -291,8 +306,9 @@ def _sums(model: Any, params: Any, batch: Batch,
                                      interventions=interventions)
     nll_BT = token_nll(hidden_BTD, model.head(params), batch.targets_BT)
     weight_BT = batch.loss_weight_BT
-    norms_LBTP = jnp.stack([_norms(out, i, spec)
-                            for i, spec in enumerate(block_specs(model.config))])
+    specs = specs_of(model.config)
+    norms_LBTP = (jnp.stack([_norms(out, i, spec) for i, spec in enumerate(specs)]) if specs
+                  else jnp.zeros((0, *weight_BT.shape, len(PATHS))))
     shares_LBTP = norms_LBTP / jnp.maximum(norms_LBTP.sum(-1, keepdims=True), 1e-30)
     norm_LP, share_LP = (jnp.einsum("lbtp,bt->lp", x, weight_BT) for x in (norms_LBTP, shares_LBTP))
     return {"nll": (nll_BT * weight_BT).sum(1), "weight": jnp.sum(weight_BT, 1), "norm": norm_LP,

@@ -9,6 +9,7 @@ import pytest
 
 from hippocampus.config import AttentionConfig, HopfieldConfig, SSMConfig
 from hippocampus.layers.gru import GRU
+from hippocampus.layers.mamba import MambaS6, MambaSSD
 from hippocampus.layers.modern_ssm import ModernSSM
 from hippocampus.layers.mor_hopfield import MoRHopfield
 from hippocampus.layers.self_attention import SelfAttention
@@ -42,6 +43,9 @@ LAYERS = {
     "ssm, convolution longer than a chunk": ssm(d_conv=8),
     "ssm diagonal, input scale": ssm(kind="diagonal", input_scale=True),
     "gru": GRU(SSMConfig(kind="gru")),
+    "s6": MambaS6(SSMConfig(kind="s6", backend="chunked")),
+    "ssd, two groups": MambaSSD(SSMConfig(kind="ssd", backend="chunked", expansion=2, n_groups=2,
+                                          head_width=8, conv_bias=False, projection_bias=True)),
     "hopfield context": hopfield(1),
     "hopfield context, K=3, rope": hopfield(3, rope=True),
     "hopfield context, K=2, rms, half steps": hopfield(2, normalize="rms", step_size=0.5),
@@ -53,10 +57,13 @@ LAYERS = {
     "attention, two groups, window, no norm": attention(n_kv_heads=2, window=3, qk_norm=False),
     "attention without positions": attention(theta=0.0, window=20),
 }
-ONE_OF_A_KIND = ("ssm", "ssm diagonal, input scale", "gru", "hopfield context, K=3, rope",
-                 "hopfield both, K=3, small steps", "attention, two groups, window, no norm")
+ONE_OF_A_KIND = ("ssm", "ssm diagonal, input scale", "gru", "s6", "ssd, two groups",
+                 "hopfield context, K=3, rope", "hopfield both, K=3, small steps",
+                 "attention, two groups, window, no norm")
 HALF = {
     "ssm": ModernSSM(SSMConfig(backend="chunked"), H, dtype=jnp.bfloat16),
+    "s6": LAYERS["s6"].clone(dtype=jnp.bfloat16),
+    "ssd": LAYERS["ssd, two groups"].clone(dtype=jnp.bfloat16),
     "hopfield": MoRHopfield(HopfieldConfig(patterns="both", n_slots=5), H, 2, dtype=jnp.bfloat16),
     "attention": attention(dtype=jnp.bfloat16),
 }
@@ -223,7 +230,8 @@ def test_past_the_ring_hopfield_memory_retrieves_from_the_last_tokens(chunks):
     assert_close(y, retrieval_by_hand(layer, LONG), n_operations=T * D)
 
 
-@pytest.mark.parametrize("name", ["ssm", "ssm diagonal, input scale", "hopfield slots, K=3, rope"])
+@pytest.mark.parametrize("name", ["ssm", "ssm diagonal, input scale", "s6", "ssd, two groups",
+                                  "hopfield slots, K=3, rope"])
 def test_paths_without_a_ring_go_on_as_if_there_were_no_end(name):
     y, (_, cache) = read(LAYERS[name], LONG, (5, 1, 5, 5, 5), max_length=RING)
     assert_close(y, run(LAYERS[name])(LONG)[0], n_operations=T * D)

@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from hippocampus.config import AttentionConfig, HopfieldConfig, SSMConfig
 from hippocampus.layers.gru import GRU
+from hippocampus.layers.mamba import MambaS6, MambaSSD
 from hippocampus.layers.modern_ssm import DECAY_RANGE, BlockDiagonal, ModernSSM
 from hippocampus.layers.mor_hopfield import MoRHopfield, inverse_temperature
 from hippocampus.layers.self_attention import SelfAttention
@@ -51,6 +52,8 @@ LAYERS = {
     "ssm diagonal": ssm(kind="diagonal"),
     "ssm diagonal, input scale": ssm(kind="diagonal", input_scale=True, backend="associative"),
     "gru": GRU(SSMConfig(kind="gru")),
+    "ssm s6": MambaS6(SSMConfig(kind="s6", backend="chunked")),
+    "ssm ssd": MambaSSD(SSMConfig(kind="ssd", backend="chunked", n_groups=3, head_width=8)),
     "hopfield context": hopfield(1),
     "hopfield context, K=3, rope": hopfield(3, rope=True),
     "hopfield context, K=2, rms": hopfield(2, normalize="rms", step_size=0.5),
@@ -131,8 +134,8 @@ def test_no_gradient_of_a_path_reaches_the_future(name):
         lambda u: layer.apply({"params": params}, u, None, POSITIONS)[0], U)
 
 
-@pytest.mark.parametrize("name", ["ssm", "hopfield context, K=2, rms", "hopfield both, K=3",
-                                  "attention, two groups, window, no norm"])
+@pytest.mark.parametrize("name", ["ssm", "ssm s6", "ssm ssd", "hopfield context, K=2, rms",
+                                  "hopfield both, K=3", "attention, two groups, window, no norm"])
 def test_rows_without_document_ids_are_rows_of_one_document(name):
     y, _ = run(LAYERS[name])(U, None, POSITIONS)
     same, _ = run(LAYERS[name])(U, ONE, POSITIONS)
@@ -246,7 +249,8 @@ def test_block_diagonal_maps_do_not_mix_their_blocks():
 
 
 @pytest.mark.parametrize("name", [
-    "ssm", "ssm diagonal", "hopfield context, K=2, rms", "hopfield slots", "hopfield both, K=3"])
+    "ssm", "ssm diagonal", "ssm s6", "ssm ssd", "hopfield context, K=2, rms", "hopfield slots",
+    "hopfield both, K=3"])
 def test_values_and_gradients_are_finite_at_the_extremes_of_decay_and_beta(name):
     layer, params = LAYERS[name], parameters(LAYERS[name])
     leaf = "log_decay" if "ssm" in name else "log_beta"

@@ -16,7 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from hippocampus.config import PATHS, Config, layer_paths
+from hippocampus.config import PATHS, Config, HybridConfig, layer_paths
 from hippocampus.config_checks import check_together
 from hippocampus.config_files import fields, load_config
 from hippocampus.errors import ConfigError
@@ -172,6 +172,9 @@ def short_names(paths: Sequence[str]) -> str:
 
 def _subsets(base: Config) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
     """Subsets of the paths, the largest first, and a note on those that no model can be of."""
+    if not isinstance(base.model, HybridConfig):
+        raise ConfigError(f"a model of the {base.model.family} family has no paths to leave out",
+                          "--over=FIELD=VALUE,VALUE varies something else")
     per_layer = layer_paths(base.model)
     used = tuple(path for path in PATHS if any(path in paths for paths in per_layer))
     if len(used) < 2:

@@ -1,7 +1,7 @@
 """The suites of probes by name, and running them.
 
 A suite is a module with a TITLE and `run(probe) -> SuiteResult`; it raises `SkipSuite` where the
-model has not what it looks at.
+model has not what it looks at. Without FAMILIES, a tuple, it is for every family of models.
 """
 
 from __future__ import annotations
@@ -60,7 +60,11 @@ def run_suites(probe: Probe, names: Sequence[str], say: Callable[[str], None],
     for name in names:
         begun = time.monotonic()
         try:
-            result = importlib.import_module(SUITES[name]).run(probe)
+            suite, family = importlib.import_module(SUITES[name]), probe.config.model.family
+            if family not in getattr(suite, "FAMILIES", (family,)):
+                raise SkipSuite(f"it looks into {' and '.join(suite.FAMILIES)} models, and this "
+                                f"is of the {family} family")
+            result = suite.run(probe)
         except SkipSuite as reason:
             say(f"{name}: left out, {reason}")
             continue

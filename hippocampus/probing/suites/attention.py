@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 TITLE = "Where the heads of attention look"
 
+FAMILIES = ("hybrid",)
+"""What it looks into."""
+
 _COLUMNS = (
     Column("head", "layer and head"), Column("entropy", "entropy", "nats", 3),
     Column("entropy_stderr", "± s.e.", "", 3), Column("tokens", "exp(entropy)", "tokens", 1),

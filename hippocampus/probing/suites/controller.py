@@ -31,6 +31,9 @@ from hippocampus.probing.suites import SkipSuite
 
 TITLE = "What the controller's words are worth"
 
+FAMILIES = ("hybrid",)
+"""What it looks into."""
+
 _STREAM = 100  # of random numbers; those of the shuffles are counted from 0
 
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 TITLE = "The energy along each retrieval"
 
+FAMILIES = ("hybrid",)
+"""What it looks into."""
+
 _COLUMNS = (
     Column("step", "layer and step"), Column("energy", "energy"),
     Column("spread", "sd over tokens"), Column("change", "change"),

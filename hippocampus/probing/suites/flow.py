@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 TITLE = "How straight the states travel"
 
+FAMILIES = ("hybrid",)
+"""What it looks into."""
+
 TIMES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Where the velocity network is compared with the straight way."""
 
@@ -39,7 +42,7 @@ _VELOCITY = (Column("time", "time"), Column("miss", "|v - (x1 - x0)|² / |x1 - x
 
 def run(probe: Probe) -> SuiteResult:
     """Measures the ways of the states and, where it was trained, the velocity network."""
-    n_layers, passes = probe.n_layers, probe.config.model.segments.train
+    n_layers, passes = probe.n_layers, probe.config.model.passes
     has_flow = bool(probe.model.flow_width)
     found = views.over_windows(probe, _view(n_layers, passes, has_flow))
     weight_W = found["weight"]

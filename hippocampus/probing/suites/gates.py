@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 TITLE = "How the mixer weighs the paths, token by token"
 
+FAMILIES = ("hybrid",)
+"""What it looks into."""
+
 _GATES = (
     Column("place", "layer and path"), Column("gate", "gate", "", 3),
     Column("spread", "sd over tokens", "", 3), Column("first_pass", "gate in pass 1", "", 3),
@@ -43,7 +46,7 @@ def run(probe: Probe) -> SuiteResult:
     specs = probe.specs
     if all(len(spec.paths) == 1 for spec in specs):
         raise SkipSuite("every layer has one path: there is nothing to weigh")
-    passes = probe.config.model.segments.train
+    passes = probe.config.model.passes
     found = views.over_windows(probe, _view(len(specs), passes))
     rows = [row for i, spec in enumerate(specs) for row in _gate_rows(found, i, spec, passes)]
     tables = (

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 TITLE = "What the associative memory retrieves"
 
+FAMILIES = ("hybrid",)
+"""What it looks into."""
+
 REGIMES = ("single", "metastable", "global")
 
 _RETRIEVALS = (

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 TITLE = "The prediction as it forms: logit lens"
 
+AFTER = "equilibrium.residual"
+"""Of `out`: the state after the fixed point of an equilibrium model, which follows the layers."""
+
 _COLUMNS = (
     Column("state", "state"), Column("loss", "loss", "nats/token"),
     Column("loss_stderr", "± s.e."), Column("bits_per_byte", "loss", "bits/byte"),
@@ -29,7 +32,7 @@ _COLUMNS = (
 
 def run(probe: Probe) -> SuiteResult:
     """Reads the embeddings and every layer of every pass through the output layer."""
-    n_layers, passes = probe.n_layers, probe.config.model.segments.train
+    n_layers, passes = probe.n_layers, probe.config.model.passes
 
     def view(model: Any, params: Any, batch: Any) -> dict[str, Any]:
         def of_rows(part: Any) -> dict[str, Any]:
@@ -38,6 +41,8 @@ def run(probe: Probe) -> SuiteResult:
             for r in range(passes):
                 prefix = "" if r == passes - 1 else f"segments.{r}."
                 states += views.residual_states(out, n_layers, prefix)[min(r, 1):]
+            if AFTER in out:
+                states.append(out[AFTER])
             return views.lens_view(model, params, jnp.stack(states), final_BTD, part)
 
         return {**views.by_rows(of_rows, batch, model.config.vocab_size),
@@ -50,6 +55,8 @@ def run(probe: Probe) -> SuiteResult:
     states = [("embedding", 1, 0), *(
         (f"layer {i}" if passes == 1 else f"pass {r} layer {i}", r, i + 1)
         for r in range(1, passes + 1) for i in range(n_layers))]
+    if len(loss) > len(states):
+        states.append(("equilibrium", 1, n_layers + 1))
     rows = tuple(
         {"state": name, "pass": r, "depth": depth, "loss": float(loss[j]),
          "loss_stderr": float(error[j]), "bits_per_byte": probe.bits_per_byte(float(loss[j])),
@@ -80,7 +87,8 @@ def _draw(figure: Figure, rows: tuple[dict[str, Any], ...], passes: int,
         axes.errorbar([row["depth"] for row in own], [row["loss"] for row in own],
                       [row["loss_stderr"] for row in own], color=color, marker="o", ms=4,
                       capsize=2, label=f"pass {r}")
-    axes.set_xticks(range(deepest + 1), ["embedding", *map(str, range(deepest))])
+    names = {row["depth"]: row["state"].rpartition("layer ")[2] for row in rows}
+    axes.set_xticks(range(deepest + 1), [names[depth] for depth in range(deepest + 1)])
     axes.set_xlabel("after layer")
     axes.set_ylabel("loss (nats/token)")
     axes.set_ylim(bottom=0)

@@ -21,6 +21,9 @@ from hippocampus.probing.rows import SHORT, baseline_row, line_rows, loss_row, l
 
 TITLE = "What the model loses without its paths"
 
+FAMILIES = ("hybrid",)
+"""What it looks into."""
+
 _RAW = "_raw"
 _ERRORS = "Bars: one standard error, paired over windows."
 

@@ -28,7 +28,7 @@ from hippocampus.evaluation.metrics import perplexity
 from hippocampus.evaluation.ngrams import MAX_COUNTED
 from hippocampus.evaluation.recall_text import recall_text
 from hippocampus.evaluation.result_table import Column, ResultTable
-from hippocampus.models.interventions import Interventions
+from hippocampus.models.interventions import NEUTRAL, Interventions
 from hippocampus.ops.cross_entropy import token_hits, token_nll
 from hippocampus.probing.measured import Measured
 from hippocampus.probing.plots import INK, PATH_COLORS, themed_svg
@@ -85,9 +85,13 @@ def variants(paths: Sequence[str]) -> tuple[Variant, ...]:
 
 
 def path_masks(chosen: Sequence[Variant], n_layers: int) -> Float[np.ndarray, "M L P"]:
-    """What each variant keeps of every layer."""
+    """What each variant keeps of every layer that has paths."""
     kept = [[path != variant.path for path in PATHS] for variant in chosen]
     return np.repeat(np.array(kept, np.float32)[:, None], n_layers, axis=1)
+
+
+def _masked(mask_LP: Array) -> Interventions:
+    return Interventions(path_mask_LP=mask_LP) if mask_LP.size else NEUTRAL
 
 
 # ---------------------------------------------------------------- a synthetic task
@@ -118,10 +122,8 @@ def _kinds(probe: Probe) -> list[Kind]:
     double = Kind(2 * longest.length, longest.pairs * (1 if task == "induction" else 2))
     if double.length <= _LONGEST and fits(task, recall, double):
         kinds.append(double)
-    if config.model.position == "learned":
-        most = config.model.max_length or config.data.context
-        kinds = [kind for kind in kinds if kind.length <= most]
-    return kinds
+    most = config.model.longest_row(config.data.context)
+    return [kind for kind in kinds if most is None or kind.length <= most]
 
 
 def _kind_rows(probe: Probe, data: DataConfig, kind: Kind, name: str) -> list[Row]:
@@ -131,7 +133,7 @@ def _kind_rows(probe: Probe, data: DataConfig, kind: Kind, name: str) -> list[Ro
     context = max(kind.length, data.context)
     batch_size = max(1, probe.config.eval.batch_size * data.context // context)
     chosen = variants(probe.paths)
-    masks_MLP = path_masks(chosen, probe.n_layers)
+    masks_MLP = path_masks(chosen, len(probe.specs))
     sums = jax.device_get([_answers(probe.model, probe.params, jax.device_put(batch), masks_MLP)
                            for batch in text.windows(context, 0, batch_size)])
     hits_M, nll_M = (np.stack([part[key] for part in sums]).astype(np.float64).sum(0)
@@ -147,7 +149,7 @@ def _answers(model: Any, params: Any, batch: Batch,
     """Right answers and summed loss of a batch under every mask."""
     def sums(mask_LP: Array) -> dict[str, Array]:
         hidden_BTD, _, _ = model.apply({"params": params}, batch, method="forward",
-                                       interventions=Interventions(path_mask_LP=mask_LP))
+                                       interventions=_masked(mask_LP))
         head, weight_BT = model.head(params), batch.loss_weight_BT
         return {"hits": (token_hits(hidden_BTD, head, batch.targets_BT) * weight_BT).sum(),
                 "nll": (token_nll(hidden_BTD, head, batch.targets_BT) * weight_BT).sum()}
@@ -198,7 +200,7 @@ def _color(variant: str) -> str:
 
 def _of_text(probe: Probe) -> SuiteResult:
     chosen = variants(probe.paths)
-    masks_MLP = path_masks(chosen, probe.n_layers)
+    masks_MLP = path_masks(chosen, len(probe.specs))
     orders = [n for n in _ORDERS.get(probe.text.tokenizer.kind, (2,))
               if probe.config.model.vocab_size**n < 2**64]
     if not orders:
@@ -207,7 +209,7 @@ def _of_text(probe: Probe) -> SuiteResult:
     def losses(model: Any, params: Any, batch: Batch) -> Float[Array, "M B T"]:
         def loss(mask_LP: Array) -> Array:
             hidden_BTD, _, _ = model.apply({"params": params}, batch, method="forward",
-                                           interventions=Interventions(path_mask_LP=mask_LP))
+                                           interventions=_masked(mask_LP))
             return token_nll(hidden_BTD, model.head(params), batch.targets_BT)
 
         return jax.lax.map(loss, masks_MLP)

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 TITLE = "What each reasoning pass is worth"
 
+FAMILIES = ("hybrid",)
+"""What it looks into."""
+
 
 def run(probe: Probe) -> SuiteResult:
     """The loss after every pass r, from 1 to `segments.eval`."""

@@ -22,6 +22,9 @@ from hippocampus.probing.rows import SHORT, baseline_row, loss_row, loss_table
 
 TITLE = "What the model loses when a path is read at another token"
 
+FAMILIES = ("hybrid",)
+"""What it looks into."""
+
 _ENDINGS = {"past": "", "batch": "_batch", "plain": "_plain"}
 _LEGEND = {"past": "within the past", "batch": "across the batch",
            "plain": "over the whole row (sees the future)"}

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 TITLE = "How long the channels of the state-space path remember"
 
+FAMILIES = ("hybrid",)
+"""What it looks into."""
+
 _COLUMNS = (
     Column("layer", "layer"), Column("channels", "channels"), Column("decay", "decay (median)"),
     Column("low", "10 %", "tokens", 1), Column("median", "median", "tokens", 1),
