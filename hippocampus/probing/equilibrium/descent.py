@@ -30,35 +30,37 @@ class Descent(NamedTuple):
     slack: float
 
 
-def energies_along(step: Callable[[Array], Array], energy: Callable[[Array], Array],
-                   state: Float[Array, "*tokens S"], n: int) -> Float[Array, "J ..."]:
-    """The energy of a state and after each of n steps (J = n + 1).
+def energies_along(step: Callable[[Array], Array], control: Callable[[Array], Array],
+                   energy: Callable[[Array], Array], state: Float[Array, "*tokens S"], n: int,
+                   ) -> Float[Array, "3 n ..."]:
+    """The energy before each of n steps, after it, and after another step from the same state.
 
     Args:
       step: state -> state.
+      control: the other step, which is not gone on from.
       energy: state -> one number a token.
       state: where to begin.
       n: steps.
     """
     def one(state: Array, _: None) -> tuple[Array, Array]:
         new = step(state)
-        return new, energy(new)
+        return new, jnp.stack([energy(state), energy(new), energy(control(state))])
 
-    later = lax.scan(one, state, None, length=n)[1]
-    return jnp.concatenate([energy(state)[None], later])
+    return jnp.moveaxis(lax.scan(one, state, None, length=n)[1], 1, 0)
 
 
-def descent(energy_J: Float[np.ndarray, "J ..."], tolerance: float) -> Descent:
+def descent(before: Float[np.ndarray, "n ..."], after: Float[np.ndarray, "n ..."],
+            tolerance: float) -> Descent:
     """Counts the rises.
 
     Args:
-      energy_J: of consecutive states.
+      before, after: the energies of each move.
       tolerance: what rounding explains, relative to the largest energy. A change that is not a
         number counts as a rise.
     """
-    energy_J = np.asarray(energy_J, np.float64)
-    change = np.diff(energy_J, axis=0)
-    finite = energy_J[np.isfinite(energy_J)]
+    before, after = np.asarray(before, np.float64), np.asarray(after, np.float64)
+    change = after - before
+    finite = before[np.isfinite(before)]
     slack = tolerance * float(np.abs(finite).max()) if finite.size else 0.0
     rises = np.where(np.isnan(change), np.inf, change)
     return Descent(change.size, float((rises > slack).mean()), float((change < -slack).mean()),
