@@ -18,6 +18,12 @@ from jaxtyping import Array, Float, Int
 
 from hippocampus.ops import hopfield
 
+_PATTERNS, _SHUFFLE, _NOISE = range(3)
+"""Random streams of a seed: noise that repeats the draws of the patterns would point at them."""
+
+SHARP = 4.0
+"""Times beta, of a memory that keeps more patterns apart."""
+
 MOST_SCORES = 2**23
 """Of a block of cues with all patterns: 32 MiB in float32."""
 
@@ -58,13 +64,13 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 def random_patterns(n: int, heads: int, width: int, seed: int) -> Float[np.ndarray, "S H d"]:
     """n patterns for each head, drawn evenly from the unit sphere."""
-    return unit(np.random.default_rng(seed).standard_normal((n, heads, width)))
+    return unit(np.random.default_rng([seed, _PATTERNS]).standard_normal((n, heads, width)))
 
 
 def shuffled_patterns(patterns_SHd: Float[np.ndarray, "S H d"],
                       seed: int) -> Float[np.ndarray, "S H d"]:
     """Every coordinate drawn from another pattern's: the same values, without their belonging."""
-    draw = np.random.default_rng(seed)
+    draw = np.random.default_rng([seed, _SHUFFLE])
     return unit(draw.permuted(np.asarray(patterns_SHd), axis=0))
 
 
@@ -83,7 +89,7 @@ def cues(patterns_SHd: Float[np.ndarray, "S H d"], noise: float, most: int, seed
     """
     S = len(patterns_SHd)
     of_Q = np.unique(np.linspace(0, S - 1, min(S, most)).round().astype(np.int64))
-    draw = np.random.default_rng(seed)
+    draw = np.random.default_rng([seed, _NOISE])
     off = unit(draw.standard_normal((len(of_Q), *patterns_SHd.shape[1:])))
     return of_Q, unit(patterns_SHd[of_Q] + noise * off)
 
@@ -101,17 +107,17 @@ def recall(patterns_SHd: Float[np.ndarray, "S H d"], dynamics: Dynamics, noise: 
       seed: of the noise.
 
     Returns:
-      "memory": of `dynamics`; "free": the same without an anchor; "linear": as many steps of the
-      linear memory xi <- sum_i k_i (k_i.xi), brought to unit length; "nearest": the cue itself.
+      "memory": of `dynamics`; "free": the same without an anchor; "sharp": that with `SHARP` times
+      the beta; "linear": as many steps of the linear memory xi <- sum_i k_i (k_i.xi), brought to
+      unit length; "nearest": the cue itself.
     """
     of_Q, cue_QHd = cues(patterns_SHd, noise, most, seed)
     heads, S = patterns_SHd.shape[1], len(patterns_SHd)
     block = max(1, MOST_SCORES // (heads * S))
-    free = dynamics._replace(kappa=0.0)
     found: dict[str, list[np.ndarray]] = {}
     for first in range(0, len(of_Q), block):
         part = slice(first, first + block)
-        for name, result in _results(cue_QHd[part], patterns_SHd, dynamics, free).items():
+        for name, result in _results(cue_QHd[part], patterns_SHd, dynamics).items():
             found.setdefault(name, []).append(
                 np.asarray(_judged(result, patterns_SHd, of_Q[part], tolerance)))
     means = {name: np.concatenate(parts, 1).mean((1, 2)) for name, parts in found.items()}
@@ -128,10 +134,12 @@ def effective_patterns(patterns_SHd: Float[np.ndarray, "S H d"],
     return np.asarray(effective[0].mean(0))
 
 
-def _results(cue_QHd: Array, patterns_SHd: Array, dynamics: Dynamics,
-             free: Dynamics) -> Mapping[str, Array]:
+def _results(cue_QHd: Array, patterns_SHd: Array, dynamics: Dynamics) -> Mapping[str, Array]:
+    free = dynamics._replace(kappa=0.0)
+    sharp = free._replace(beta_H=SHARP * dynamics.beta_H)
     return {"memory": _settle(cue_QHd, patterns_SHd, *dynamics),
             "free": _settle(cue_QHd, patterns_SHd, *free),
+            "sharp": _settle(cue_QHd, patterns_SHd, *sharp),
             "linear": _linear(cue_QHd, patterns_SHd, dynamics.steps),
             "nearest": jnp.asarray(cue_QHd)}
 
