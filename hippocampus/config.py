@@ -243,7 +243,7 @@ class MeshConfig:
     tensor: int = count(1, "size over which heads and widths are split")
     sequence: int = count(1, "size over which the time axis is split")
     rules: tuple[tuple[str, str], ...] = setting(
-        ((r"embedding$|head$", "tensor,fsdp"), (r"(out|down)/kernel$", "tensor,fsdp"),
+        ((r"embedding$|head$", "tensor,fsdp"), (r"(out|down|select)/kernel$", "tensor,fsdp"),
          (r"embedding_up/kernel$", "-,tensor+fsdp"), (r"head_down$", "tensor+fsdp,-"),
          (r"slots$", "fsdp,tensor,-"), (r"ssm/gates/kernel$", "tensor,fsdp,-"),
          (r"(conv_kernel|gates/bias)$", "-,tensor+fsdp"),

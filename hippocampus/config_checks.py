@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from typing import Any
 
 from hippocampus.config import (
     MESH_AXES,
@@ -23,7 +24,7 @@ from hippocampus.files import check_nameable
 _LONGEST_NAME = 255
 """Bytes of a file's name."""
 
-_FAMILIES: dict[str, Callable[[Config], None]] = {
+_FAMILIES: dict[str, Callable[[Config, Any], None]] = {
     "hybrid": check_hybrid, "equilibrium": check_equilibrium}
 
 
@@ -39,7 +40,7 @@ def check_together(config: Config) -> Config:
                   "train.grad_accumulation", train.grad_accumulation)
     _check_groups(config.optimizer)
     check_divides("model.d_model", model.d_model, "model.n_heads", model.n_heads)
-    _FAMILIES[model.family](config)
+    _FAMILIES[model.family](config, model)
     _check_data(config.data)
     if not config.sample.prompt:
         raise ConfigError("sample.prompt is empty", "give at least one character")

@@ -20,14 +20,16 @@ _OF_THE_HYBRID = ("first_layer", "dominant_from_layer", "dominance")
 """Fields of a state-space layer that only the hybrid reads."""
 
 
-def check_equilibrium(config: Config) -> None:
+def check_equilibrium(config: Config, model: EquilibriumConfig) -> None:
     """Refuses fields of an equilibrium model that contradict each other or the rest of the config.
+
+    Args:
+      config: all of it.
+      model: its model.
 
     Raises:
       ConfigError: with the fields and the numbers that do not fit.
     """
-    model = config.model
-    assert isinstance(model, EquilibriumConfig)
     if config.loss.rectified_flow != RectifiedFlowConfig():
         raise ConfigError("loss.rectified_flow is set, and model.family is equilibrium",
                           "it is between the passes of the hybrid; loss.equilibrium.* has the "
@@ -98,6 +100,9 @@ def _check_solver(model: EquilibriumConfig) -> None:
     if solver.jitter >= solver.max_iterations:
         raise ConfigError(f"model.solver.jitter = {solver.jitter} is not below max_iterations = "
                           f"{solver.max_iterations}", "at least one sweep has to be left")
+    if solver.cache == "iterations" and solver.schedule == "cascade":
+        raise ConfigError("model.solver.cache is iterations, and model.solver.schedule cascade",
+                          "the state is solved for within every sweep: take cache=equilibrium")
     if solver.on_expansion != "report" and not solver.tol_fixedpoint:
         raise ConfigError(f"model.solver.on_expansion is {solver.on_expansion}, and "
                           "tol_fixedpoint 0", "no token ever converges to nothing: give a "

@@ -16,13 +16,16 @@ from hippocampus.config_refusals import check_divides, shown
 from hippocampus.errors import ConfigError
 
 
-def check_hybrid(config: Config) -> None:
+def check_hybrid(config: Config, model: HybridConfig) -> None:
     """Refuses fields of a hybrid model that contradict each other or the rest of the config.
+
+    Args:
+      config: all of it.
+      model: its model.
 
     Raises:
       ConfigError: with the fields and the numbers that do not fit.
     """
-    model = config.model
     _check_paths(model)
     if not model.hopfield.depth_schedule:
         raise ConfigError("model.hopfield.depth_schedule is empty", "give at least one number")
@@ -64,7 +67,7 @@ def _check_paths(model: HybridConfig) -> None:
 
 
 def check_ssm(name: str, ssm: SSMConfig, d_model: int, n_heads: int) -> None:
-    """Refuses widths of a state-space layer that do not come out whole.
+    """Refuses widths of a state-space layer that do not come out whole, and what a kind has not.
 
     Args:
       name: of the group of fields, such as "model.ssm".
@@ -73,8 +76,14 @@ def check_ssm(name: str, ssm: SSMConfig, d_model: int, n_heads: int) -> None:
       n_heads: of its block-diagonal gates.
 
     Raises:
-      ConfigError: with the numbers.
+      ConfigError: with the fields or the numbers.
     """
+    if ssm.input_scale and ssm.kind in ("s6", "ssd"):
+        raise ConfigError(f"{name}.input_scale is True, and {name}.kind {ssm.kind}",
+                          "only gated and diagonal have a scale; set it to False")
+    if ssm.kind == "ssd" and ssm.backend in ("associative", "pallas"):
+        raise ConfigError(f"{name}.backend is {ssm.backend}, and {name}.kind ssd",
+                          "ssd has chunked and sequential; use auto")
     inner, inner_name = ssm.expansion * d_model, f"{name}.expansion * model.d_model"
     if not math.isclose(inner, round(inner)):
         raise ConfigError(f"{inner_name} = {inner:g} is not whole",

@@ -13,7 +13,7 @@ PATHS = ("ssm", "hopfield", "attention")
 
 @dataclass(frozen=True)
 class SSMConfig:
-    """The state-space path (hippocampus.layers.modern_ssm)."""
+    """The state-space path (hippocampus.layers.modern_ssm, hippocampus.layers.mamba)."""
 
     kind: str = setting("gated", "gated: input-dependent decay; diagonal: plain A, B, C, D; "
                         "s6, ssd: Mamba and Mamba-2 (hippocampus.layers.mamba); gru: a gated "
@@ -21,7 +21,8 @@ class SSMConfig:
                         choices=("gated", "diagonal", "s6", "ssd", "gru"))
     expansion: float = setting(1.5, "inner width E / d_model", above=0, high=16)
     d_conv: int = count(4, "taps of the causal convolution; 1 = none", high=256)
-    d_state: int = count(4, "state size N per channel (gated has 1)", high=1024)
+    d_state: int = count(4, "state size N per channel (gated has 1; usual: 16 for s6, 64 for ssd)",
+                         high=1024)
     dt_rank: int = count(0, "rank of the step sizes (s6); 0 = d_model / 16, rounded up", low=0)
     head_width: int = count(64, "channels that share a decay (ssd)")
     n_groups: int = count(1, "groups of heads that share B and C (ssd)")
@@ -32,7 +33,8 @@ class SSMConfig:
     dominant_from_layer: int = count(-1, "from this layer on the state-space gate starts at "
                                      "`dominance` instead of an equal share; -1 = nowhere", low=-1)
     dominance: float = setting(0.8, "that first share", above=0, below=1)
-    backend: str = setting("auto", "linear_scan backend",
+    backend: str = setting("auto", "linear_scan backend; s6: selective_scan's; ssd: chunked or "
+                           "sequential",
                            choices=("auto", "sequential", "associative", "chunked", "pallas"))
 
 

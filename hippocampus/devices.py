@@ -162,8 +162,10 @@ def resolve(config: Config, device: Device | None = None,
                 raise ConfigError(f"{name} is cudnn with train.deterministic",
                                   "cuDNN adds gradients in any order; use auto or xla")
         choice = dataclasses.replace(choice, attention="xla")
+    scans = {name: scan_backend(known[name.removesuffix("backend") + "kind"], choice)
+             for name, kind in kinds.items() if kind == "scan"}
     best = {"model.compute_dtype": choice.compute_dtype,
-            **{name: getattr(choice, kind) for name, kind in kinds.items()},
+            **{name: choice.attention for name in kinds if name not in scans}, **scans,
             "loss.backend": _loss_backend(config.model.vocab_size, device)}
     decided = tuple(name for name in best if known[name] == "auto" or name in automatic)
     config = with_fields(config, {name: best[name] for name in decided})
@@ -172,6 +174,17 @@ def resolve(config: Config, device: Device | None = None,
         length = known["model.max_length"] or config.data.context
         config = with_fields(config, {"model.max_length": length})
     return config, decided
+
+
+def scan_backend(kind: str, choice: Choice) -> str:
+    """The scan of a kind of state space on a device.
+
+    SSD has products of chunks for every device. TPUs have no kernel for S6, and the one for
+    Hopper has to be asked for (docs/performance.md).
+    """
+    if kind == "ssd" or (kind == "s6" and choice.scan == "pallas"):
+        return "chunked"
+    return choice.scan
 
 
 def portable(config: Config) -> Config:

@@ -77,6 +77,20 @@ def test_sizes_of_a_study_share_everything_but_the_widths():
             {"model.attention.n_kv_heads"} if other["model.attention.n_kv_heads"] == 1 else set())
 
 
+def test_kinds_of_state_space_cost_the_same_and_differ_in_nothing_else():
+    from hippocampus.config_files import fields
+    from hippocampus.models.flops import training_flops_per_token
+
+    base = config_of("shakespeare.py:10m")
+    for kind in ("gated", "diagonal", "s6", "ssd"):
+        config = config_of(f"ssm_kinds.py:{kind}")
+        assert config.model.ssm.kind == kind
+        assert training_flops_per_token(config) == pytest.approx(
+            training_flops_per_token(base), rel=0.0025)
+        differing = {name for name, value in fields(config).items() if fields(base)[name] != value}
+        assert differing <= {"name", "model.ssm.kind", "model.ssm.d_state", "model.mlp.width"}
+
+
 @pytest.mark.parametrize("file", ["wikitext_mini.py", "shakespeare.py"])
 def test_an_unknown_size_is_refused_with_the_known_ones(file):
     with pytest.raises(ConfigError, match=r"has no size .7b..*10m"):

@@ -135,6 +135,15 @@ def test_a_tpu_gets_the_kernels_that_compile_for_it(kind, attention, scan):
     assert (choice.attention, choice.scan) == (attention, scan)
 
 
+@pytest.mark.parametrize(("kind", "backends"), [
+    ("s6", ("chunked", "associative", "chunked")), ("ssd", ("chunked",) * 3),
+    ("diagonal", ("chunked", "associative", "pallas"))])
+def test_the_scan_of_a_kind_is_one_that_the_device_has_for_it(kind, backends):
+    config = load_config(defaults(), {"model.ssm.kind": kind})
+    found = tuple(resolve(config, device)[0].model.ssm.backend for device in (CPU, H100, V5E))
+    assert found == backends
+
+
 @pytest.mark.parametrize(("vocab_size", "device", "backend"), [
     (256, CPU, "full"), (8192, CPU, "full"), (8193, CPU, "chunked"), (32_000, CPU, "chunked"),
     (8192, H100, "full"), (8193, H100, "fused"), (32_000, A100, "chunked"),

@@ -31,6 +31,16 @@ TINY: dict[str, Any] = {
     "sample.max_new_tokens": 4, "sample.prompt": "the "}
 """Overrides of the default config: attention only, which compiles fastest."""
 
+EQUILIBRIUM: dict[str, Any] = {
+    **{name: value for name, value in TINY.items() if not name.startswith("model.")},
+    "model.d_model": 16, "model.n_layers": 1, "model.n_heads": 2, "model.ssm.expansion": 1.0,
+    "model.ssm.d_state": 2, "model.cell.mlp.width": 16, "model.hopfield.n_slots": 8,
+    "model.solver.max_iterations": 6, "model.solver.backward_iterations": 6,
+    "model.solver.memory": 2}
+"""The same for an equilibrium model: `model__family="equilibrium"` below."""
+
+_BASES = {"hybrid": TINY, "equilibrium": EQUILIBRIUM}
+
 STEPS = 24
 LONG: dict[str, Any] = {
     "train__steps": STEPS, "train__grad_accumulation": 2, "model__dropout": 0.1,
@@ -83,8 +93,15 @@ def config(**changes: Any) -> Any:
     """The tiny config; `train__steps=3` changes train.steps."""
     from hippocampus.config_files import defaults, load_config
 
-    overrides = {name.replace("__", "."): value for name, value in changes.items()}
-    return load_config(defaults(), {**TINY, "data.corpus": str(corpus()), **overrides})
+    family, overrides = _asked(changes)
+    return load_config(defaults(family), {"data.corpus": str(corpus()), **overrides})
+
+
+def _asked(changes: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The family of the model, and what is changed of its default config."""
+    named = {name.replace("__", "."): value for name, value in changes.items()}
+    family = named.pop("model.family", "hybrid")
+    return family, {**_BASES[family], **named}
 
 
 @functools.cache
@@ -107,11 +124,11 @@ def environment() -> dict[str, str]:
 
 def command(workdir: Path, verb: str = "train", **changes: Any) -> list[str]:
     """The command line that trains the tiny config in a folder."""
-    file = folder() / "tiny.py"
+    family, overrides = _asked(changes)
+    file = folder() / f"tiny_{family}.py"
     file.write_text("from hippocampus.config_files import defaults\n\n"
-                    "def get_config():\n    return defaults()\n")
-    overrides = {name.replace("__", "."): value for name, value in changes.items()}
-    values = {**TINY, "data.corpus": corpus(), **overrides}
+                    f"def get_config():\n    return defaults({family!r})\n")
+    values = {"data.corpus": corpus(), **overrides}
     return [sys.executable, "-m", f"hippocampus.{verb}", f"--config={file}",
             f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in values.items())]
 

@@ -11,23 +11,19 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from hippocampus.config import Config, depth, layer_paths
+from hippocampus.config import Config
 from hippocampus.data.corpora import hub_id
 from hippocampus.exports.folder import ExportRecord
+from hippocampus.exports.model_facts import facts_of
 from hippocampus.exports.run_records import RunRecords
 
 MISSING = "not recorded"
 
 WEIGHTS = {"ema": "running average", "raw": "raw"}
-
-_PATH_NAMES = {"ssm": "state space", "hopfield": "Hopfield memory", "attention": "attention"}
-_PATH_TAGS = {"ssm": "state-space-model", "hopfield": "modern-hopfield-network",
-              "attention": "attention"}
 
 
 @dataclass(frozen=True)
@@ -87,8 +83,7 @@ _LICENCE = ("Not recorded, neither of the training text nor of these weights. Wh
 
 
 def _header(card: Card) -> str:
-    paths = {path for layer in layer_paths(card.config.model) for path in layer}
-    tags = ["hippocampus", "jax", "flax", *(tag for p, tag in _PATH_TAGS.items() if p in paths)]
+    tags = ["hippocampus", "jax", "flax", *facts_of(card.config.model).tags]
     corpus = hub_id(card.config.data.corpus)
     lines = ["library_name: hippocampus", "pipeline_tag: text-generation", "tags:",
              *(f"- {json.dumps(tag)}" for tag in tags)]
@@ -121,21 +116,10 @@ def _model_index(card: Card, corpus: str) -> list[str]:
 
 def _model(card: Card) -> str:
     config = card.config.model
-    own = [(paths, depth(config, i) if "hopfield" in paths else 0)
-           for i, paths in enumerate(layer_paths(config))]
-    layers, first = [], 0
-    for (paths, steps), group in groupby(own):
-        last = first + len(list(group)) - 1
-        where = f"layer {first}" if first == last else f"layers {first} to {last}"
-        names = " + ".join(_PATH_NAMES[path] for path in paths)
-        layers.append(f"{where}: {names}" + (f" (retrieval depth {steps})" if steps else ""))
-        first = last + 1
     tokenizer = Path(card.config.data.tokenizer).name
     return _table(("", ""), [
         ("family", config.family),
-        ("layers", f"{config.n_layers} of width {config.d_model}, {config.n_heads} heads"),
-        ("paths", "; ".join(layers)),
-        ("reasoning passes", f"{config.segments.train}"),
+        *facts_of(config).rows,
         ("parameters", f"{card.parameters:,}"),
         ("vocabulary", f"{config.vocab_size:,} ids ({tokenizer}), tokenizer sha256 "
                        f"{card.record.tokenizer[:12]}"),

@@ -23,6 +23,7 @@ Source: Bai et al. 2019 (arXiv:1909.01377) for the fixed point; Ramsauer et al. 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -70,6 +71,18 @@ class CellCache(struct.PyTreeNode):
     key_BHCd: Float[Array, "B H C d"] | None
 
 
+def first_beta(memory: CellHopfieldConfig, d: int) -> float:
+    """The inverse temperature at initialisation, for heads of width d.
+
+    Scores of unit size, as in attention. But where a token may see two keys only, h moves a query
+    between them by beta / (2 (1 + kappa)) of a change; that is to be at most 1/2.
+    """
+    beta = d**0.5
+    if memory.patterns != "slots":
+        beta = min(beta, 1 + memory.anchor)
+    return beta if memory.normalize == "l2" else beta / d
+
+
 class EquilibriumCell(nn.Module):
     """The maps f and h and their sweeps; see the module's docstring for the maths."""
 
@@ -91,7 +104,7 @@ class EquilibriumCell(nn.Module):
         self.part_scale = self.param("part_scale", nn.initializers.constant(cfg.gain),
                                      (len(cfg.parts), D))
         if "ssm" in cfg.parts:
-            self.ssm = state_space(cfg.ssm, self.n_heads, dtype=self.dtype)
+            self.ssm = state_space(cfg.ssm, self.n_heads, self.norm_epsilon, dtype=self.dtype)
         if "mlp" in cfg.parts:
             self.mlp = MLP(cfg.mlp, self.dtype)
         if "hopfield" not in cfg.parts:
@@ -102,8 +115,8 @@ class EquilibriumCell(nn.Module):
             self.key = dense()
         if memory.patterns != "context":
             self.slots = self.param("slots", nn.initializers.normal(1.0), (memory.n_slots, H, d))
-        first_beta = d**0.5 if memory.normalize == "l2" else d**-0.5
-        self.log_beta = self.param("log_beta", nn.initializers.constant(jnp.log(first_beta)), (H,))
+        self.log_beta = self.param("log_beta", nn.initializers.constant(
+            math.log(first_beta(memory, d))), (H,))
 
     def __call__(self, u_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"],
                  ) -> Float[Array, "B T S"]:
@@ -264,8 +277,8 @@ class EquilibriumCell(nn.Module):
         cfg, H, D = self.config, self.n_heads, self.d_model
         ssm = keys = None
         if "ssm" in cfg.parts:
-            ssm = state_space(cfg.ssm, H, dtype=self.dtype, parent=None).init_cache(
-                batch, max_length, D)
+            ssm = state_space(cfg.ssm, H, self.norm_epsilon, dtype=self.dtype,
+                              parent=None).init_cache(batch, max_length, D)
         if self._has_keys:
             keys = jnp.zeros((batch, H, max_length, D // H), self.dtype)
         return CellCache(ssm, keys)

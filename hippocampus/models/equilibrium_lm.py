@@ -36,12 +36,12 @@ from hippocampus.layers.norms import RMSNorm
 from hippocampus.models import equilibrium_statistics
 from hippocampus.models.decode_parameters import cast_parameters
 from hippocampus.models.equilibrium_decoding import EquilibriumCache, init_cache, solve_on
-from hippocampus.models.hybrid_lm import padded_vocabulary, token_positions
+from hippocampus.models.hybrid_lm import token_positions
 from hippocampus.models.interventions import NEUTRAL, Interventions
 from hippocampus.models.layer_stack import run_layers
 from hippocampus.models.mamba_block import MambaBlock
 from hippocampus.ops.cross_entropy import Head
-from hippocampus.ops.embedding import embed
+from hippocampus.ops.embedding import embed, padded_vocabulary
 
 _INJECTION, _JITTER = 2**31, 2**31 + 1
 """Random streams of the injection's dropout and of the sweeps; layers are counted from 0."""

@@ -139,7 +139,7 @@ class HybridBlock(nn.Module):
         common: dict[str, Any] = {"dtype": self.dtype, "edit": scoped(self.edit, f"{path}."),
                                   **parent}
         if path == "ssm":
-            return state_space(cfg.ssm, cfg.n_heads, name=path, **common)
+            return state_space(cfg.ssm, cfg.n_heads, cfg.norm_epsilon, name=path, **common)
         if path == "hopfield":
             return MoRHopfield(cfg.hopfield, cfg.n_heads, self.spec.depth, cfg.rope_theta,
                                cfg.attention.backend, name=path, **common)

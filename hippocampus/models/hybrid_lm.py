@@ -22,17 +22,11 @@ from hippocampus.models.interventions import NEUTRAL, Interventions
 from hippocampus.models.layer_stack import run_layers
 from hippocampus.models.segment_reasoner import SegmentReasoner
 from hippocampus.ops.cross_entropy import Head
-from hippocampus.ops.embedding import embed
+from hippocampus.ops.embedding import embed, padded_vocabulary
 from hippocampus.ops.kernels import decode_gpu
 
-VOCAB_MULTIPLE = 128
 _NOISE = 2**31
 """Random stream of the token noise; those of the passes are counted from 0."""
-
-
-def padded_vocabulary(vocab_size: int) -> int:
-    """Rows of an embedding table: tables divide well over devices and tiles."""
-    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 @struct.dataclass
@@ -99,6 +93,7 @@ class HybridLM(nn.Module):
     def forward(
         self, batch: Batch, state: dict | None = None, *,
         interventions: Interventions = NEUTRAL, train: bool = False,
+        progress: Float[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Array], dict]:
         """Final hidden states of every token.
 
@@ -107,6 +102,7 @@ class HybridLM(nn.Module):
           state: carried between batches by models that need it; empty here.
           interventions: what a probe changes (evaluation only).
           train: dropout on; needs the random stream "dropout" where a dropout is above 0.
+          progress: share of the training that is over; nothing here depends on it.
 
         Returns:
           hidden_BTD (normalised, compute dtype), `out`, and the state. `out["segments.hidden"]`

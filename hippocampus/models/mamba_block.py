@@ -64,5 +64,5 @@ class MambaBlock(nn.Module):
         return x_BnD + y_BnD, cache
 
     def _mixer(self, **parent: None) -> Any:
-        return state_space(self.ssm, self.n_heads, dtype=self.dtype,
+        return state_space(self.ssm, self.n_heads, self.norm_epsilon, dtype=self.dtype,
                            edit=scoped(self.edit, "mixer."), name="mixer", **parent)

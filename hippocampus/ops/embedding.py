@@ -1,10 +1,17 @@
-"""Looking rows of a table up, on one device or a table that is spread over many."""
+"""Tables of one row per id: their size, and looking rows up on one device or many."""
 
 from __future__ import annotations
 
 from jaxtyping import Array, Float, Int
 
 from hippocampus.ops import placement
+
+VOCAB_MULTIPLE = 128
+
+
+def padded_vocabulary(vocab_size: int) -> int:
+    """Rows of an embedding table: tables divide well over devices and tiles."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 def embed(table_VD: Float[Array, "V D"], ids_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:

@@ -66,7 +66,7 @@ class Solution(NamedTuple):
     """Evaluations of f until the token froze."""
     residual: Float[Array, "*tokens"]
     """|f(z) - z| / (|f(z)| + 1e-8) at the result, float32; infinite if f was never finite."""
-    residual_trace: Float[Array, "K *tokens"]
+    residual_trace: Float[Array, "K ..."]
     """That of every evaluation; when a token has frozen, its last one is repeated."""
     evaluations: Int[Array, ""]
     """Calls of f that were made, without those of the gradient."""
@@ -209,11 +209,12 @@ def _constant(done: Callable[..., Array], z: Array) -> Callable[..., Array]:
 
 def _phantom(f: Callable[..., Array], z: Array, inputs: Any, damping: float, steps: int,
              evaluations: Array) -> tuple[Array, Array]:
-    for _ in range(steps):
+    def step(z: Array, _: None) -> tuple[Array, None]:
         at, guarded = _finite_gradient((z, inputs))
         new = z + damping * (f(guarded, at) - z)
-        z = jnp.where(jnp.isfinite(new).all(-1, keepdims=True), new, z)
-    return z, evaluations + steps
+        return jnp.where(jnp.isfinite(new).all(-1, keepdims=True), new, z), None
+
+    return lax.scan(step, z, None, length=steps)[0], evaluations + steps
 
 
 def _implicit(f: Callable[..., Array], value: Array, inputs: Any, method: Method,
@@ -224,7 +225,7 @@ def _implicit(f: Callable[..., Array], value: Array, inputs: Any, method: Method
 
     def join(floats: list, others: list) -> Any:
         sources = {True: iter(floats), False: iter(others)}
-        return tree.unflatten([next(sources[float_]) for float_ in is_float])
+        return jax.tree.unflatten(tree, [next(sources[float_]) for float_ in is_float])
 
     @jax.custom_vjp
     def attach(value: Array, floats: list, others: list) -> Array:
@@ -261,14 +262,14 @@ def _adjoint(transposed: Callable[[Array], Array], g: Array, method: Method, ite
 
 def _solution(end: loop.Carry, value: Array, evaluations: Array,
               tokens: tuple[int, ...]) -> Solution:
-    def spread(a: Array, *front: int) -> Array:
-        return jnp.broadcast_to(a, (*front, *tokens))
-
-    return Solution(*lax.stop_gradient(Solution(
+    assert end.trace is not None
+    spread = functools.partial(jnp.broadcast_to, shape=tokens)
+    found = Solution(
         value=value, converged=spread(end.frozen), iterations=spread(end.iterations),
         residual=spread(end.best_residual), evaluations=evaluations,
-        residual_trace=spread(end.trace, len(end.trace)),
-        iterates=end.iterates)))._replace(value=value)
+        residual_trace=jnp.broadcast_to(end.trace, (len(end.trace), *tokens)),
+        iterates=end.iterates)
+    return Solution(*lax.stop_gradient(found))._replace(value=value)
 
 
 @jax.custom_vjp

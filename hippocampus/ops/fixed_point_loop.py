@@ -42,7 +42,7 @@ class Carry(NamedTuple):
     iterations: Int[Array, "*units"]
     residual: Float[Array, "*units"]
     memory: Any
-    trace: Float[Array, "K *units"] | None
+    trace: Float[Array, "K ..."] | None
     iterates: Float[Array, "K *tokens D"] | None
 
 
@@ -124,6 +124,8 @@ def _step(f: Callable[[Array, Array], Array], method: Method, rules: Rules, at: 
     ok = finite & (residual <= rules.tol)
     if rules.done is not None:
         ok &= units.all(rules.done(at.z, fz)[..., None])
+    if rules.earliest is not None:
+        ok &= at.k >= rules.earliest
     moving = ~at.frozen & (at.k < rules.limit)
     frozen = rules.freeze(at.frozen | (moving & ok))
     # What a token freezes at is its result: an earlier iterate with a smaller residual met other

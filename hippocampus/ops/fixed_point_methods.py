@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -185,8 +184,8 @@ METHODS: dict[str, Callable[[Units, float, int, float], Method]] = {
     "picard": picard, "anderson": anderson, "broyden": broyden}
 
 
-def solve(system: Float[Array, "m m *units"],
-          right: Float[Array, "m *units"]) -> Float[Array, "m *units"]:
+def solve(system: Float[Array, "m m ..."],
+          right: Float[Array, "m ..."]) -> Float[Array, "m ..."]:
     """Solutions of many small symmetric systems with a positive diagonal, by elimination.
 
     Args:

@@ -24,6 +24,8 @@ from jaxtyping import Array, Bool, Float
 
 from hippocampus.errors import ConfigError
 
+CHUNK = 128
+"""Tokens of a chunk where nothing else is said."""
 _UNROLLED = 16
 """Chunks whose states are carried on without a loop; a step of a loop costs GPUs a launch."""
 
@@ -31,7 +33,7 @@ _UNROLLED = 16
 def ssd(
     x_BTHP: Float[Array, "B T H P"], dt_BTH: Float[Array, "B T H"], A_H: Float[Array, " H"],
     B_BTGN: Float[Array, "B T G N"], C_BTGN: Float[Array, "B T G N"],
-    D_H: Float[Array, " H"] | None = None, *, chunk: int = 128,
+    D_H: Float[Array, " H"] | None = None, *, chunk: int = CHUNK,
     h0_BHPN: Float[Array, "B H P N"] | None = None, reset_BT: Bool[Array, "B T"] | None = None,
     backend: str = "chunked",
 ) -> tuple[Float[Array, "B T H P"], Float[Array, "B H P N"]]:

@@ -40,7 +40,7 @@ from hippocampus.training import rollback, sharding
 from hippocampus.training.clock import Clock, summary
 from hippocampus.training.console import RunConsole
 from hippocampus.training.data import read_data, with_steps
-from hippocampus.training.guard import released, statistics_of
+from hippocampus.training.guard import released, statistics_of, zeros_like
 from hippocampus.training.optimizer import build_optimizer
 from hippocampus.training.report import conclude, greet
 from hippocampus.training.resume import check_resumable
@@ -181,7 +181,8 @@ def _train(job: _Job, started: float) -> bool:
     rollbacks = Rollbacks.read(job.folder.rollbacks)
 
     def restore(before: int | None = None) -> tuple[int, Callable[[], TrainState]]:
-        found = job.checkpoints.restore_newest(like.trees(), before=before, optional=("guard",))
+        found = job.checkpoints.restore_newest(
+            like.trees(), before=before, optional=("guard", "carried"))
         if found is None:
             return 0, first_state
         step, trees = found
@@ -207,7 +208,9 @@ def _train(job: _Job, started: float) -> bool:
             before = candidates[-1]
         done, make_state = restore(before)
         state = make_state()
-        state = dataclasses.replace(state, guard=released(state.guard))
+        # What it carried belongs to the batches that are left out now.
+        state = dataclasses.replace(state, guard=released(state.guard),
+                                    carried=zeros_like(state.carried))
         rollbacks = rollbacks.add(at, done)
         job.checkpoints.set_aside(done, "rolled_back")
         console.say(f"warning: going back from step {at} to {done or 'the beginning'} and past the "

@@ -17,12 +17,14 @@ from hippocampus.config_files import fields, nearest_field, read_json
 from hippocampus.errors import ConfigError, DataError
 from hippocampus.models.build_model import build_model
 from hippocampus.runs.run_folder import RunFolder
+from hippocampus.training.equilibrium import has_curriculum
 from hippocampus.training.optimizer import build_optimizer, path_name
 from hippocampus.training.state import init_state
 
 MAY_CHANGE = ("name", "train.steps", "train.epochs", "train.grad_accumulation",
               "train.deterministic", "eval.",
-              "checkpoint.", "log.", "sample.", "mesh.", "guard.")
+              "checkpoint.", "log.", "sample.", "mesh.", "guard.", "model.solver.on_expansion",
+              "model.solver.least_converged")
 """Fields, or groups of them, that may differ when a run goes on."""
 
 MAY_NOT_CHANGE = ("guard.spike_",)
@@ -74,6 +76,9 @@ def check_resumable(folder: RunFolder, config: Config, automatic: Collection[str
     if saved.train.steps != config.train.steps and config.optimizer.schedule != "constant":
         notes.append(f"note: train.steps was {saved.train.steps}, is {config.train.steps}: the "
                      "learning-rate schedule moves")
+    if saved.train.steps != config.train.steps and has_curriculum(config.model):
+        notes.append("note: so does the solver's curriculum, which goes by the share of train.steps"
+                     " that is over")
     return notes
 
 
@@ -158,6 +163,8 @@ def _state_difference(saved: Config, config: Config) -> str:
                                                                   n)):
         if name not in now and name.startswith("ema/"):
             continue  # an average that is not wanted any more is left where it is
+        if name.startswith("carried/") and (name not in now or name not in before):
+            continue  # what a model carries may begin, or end, at any batch
         if before.get(name) != now.get(name):
             return (f"{name} is {before.get(name, 'missing')} there and "
                     f"{now.get(name, 'missing')} here")

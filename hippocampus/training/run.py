@@ -17,11 +17,12 @@ from hippocampus import distributed
 from hippocampus.config import Config
 from hippocampus.data.batches import Batch
 from hippocampus.data.prefetch import BatchSource
+from hippocampus.errors import Diverged
 from hippocampus.files import write_atomically
 from hippocampus.generation.language_model import LanguageModel
 from hippocampus.runs.checkpoints import Checkpoints
 from hippocampus.runs.run_folder import RunFolder
-from hippocampus.training import sharding
+from hippocampus.training import equilibrium, sharding
 from hippocampus.training.clock import Clock
 from hippocampus.training.console import RunConsole
 from hippocampus.training.report import eval_values, generate_sample
@@ -45,6 +46,7 @@ class Run:
       in_a_row: how many of them are the newest ones.
       seen: the newest step whose metrics this process has looked at.
       values: those metrics.
+      expands: whether a solver did not converge then, and it was said.
     """
 
     config: Config
@@ -66,6 +68,7 @@ class Run:
     in_a_row: int = 0
     seen: int = 0
     values: dict[str, float] = field(default_factory=dict)
+    expands: bool = False
 
     def place(self, batch: Any, rows: slice | None = None) -> Any:
         """A batch on the mesh; of a training batch this process may have read only its rows."""
@@ -79,7 +82,11 @@ class Run:
             yield
 
     def write_pending(self) -> None:
-        """Fetches the metrics of an earlier step, and writes them if they are to be logged."""
+        """Fetches the metrics of an earlier step, and writes them if they are to be logged.
+
+        Raises:
+          Diverged: a solver does not converge, and `solver.on_expansion` says stop.
+        """
         if self.pending is None:
             return
         (step, metrics, logged), self.pending = self.pending, None
@@ -90,6 +97,17 @@ class Run:
             row = {**values, **self.clock.lap(step)}
             self.trackers.scalars(step, row)
             self.console.step(step, row, self.clock.seconds_left(step))
+        self._watch_solver(step, values)
+
+    def _watch_solver(self, step: int, values: dict[str, float]) -> None:
+        """Says once that a solver does not converge, and again when it had in between."""
+        model, progress = self.config.model, (step - 1) / self.config.train.steps
+        trouble = equilibrium.expansion(model, step, values, progress)
+        if trouble and equilibrium.stops_at_expansion(model):
+            raise Diverged(trouble, equilibrium.HINT)
+        if trouble and not self.expands:
+            self.console.say(f"warning: {trouble} ({equilibrium.HINT})")
+        self.expands = bool(trouble)
 
     def _count_skipped(self, step: int, values: dict[str, float]) -> None:
         new, self.skipped = round(values["train/skipped"]) - self.skipped, round(

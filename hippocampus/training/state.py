@@ -11,6 +11,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from hippocampus.config import Config, GuardConfig
+from hippocampus.data.batches import Batch
 from hippocampus.models.build_model import initialise
 from hippocampus.training.guard import Guard, first_guard, zeros_like
 
@@ -26,6 +27,7 @@ class TrainState:
       opt_state: of optax.
       key: the run's random key; a step uses `fold_in(key, step)`.
       guard: skipped steps, and what they are told by (hippocampus.training.guard).
+      carried: what the model's `forward` carries from batch to batch; {} for most families.
     """
 
     step: Int[Array, ""]
@@ -34,28 +36,33 @@ class TrainState:
     opt_state: optax.OptState
     key: Array
     guard: Guard
+    carried: Any = struct.field(default_factory=dict)
 
     def trees(self) -> dict[str, Any]:
         """The state as the named trees of a checkpoint."""
         trees = {"params": self.params, "optimizer": self.opt_state, "guard": self.guard,
                  "progress": {"step": self.step, "key": self.key}}
-        return {**trees, "ema": self.ema} if self.ema else trees
+        some = {"ema": self.ema, "carried": self.carried}
+        return {**trees, **{name: tree for name, tree in some.items() if jax.tree.leaves(tree)}}
 
     @staticmethod
     def from_trees(trees: dict[str, Any], like: TrainState | None = None) -> TrainState:
         """What `trees` took apart.
 
         Args:
-          trees: of a checkpoint. Without "guard", which runs of older versions lack, it is fresh.
-          like: the state's abstract form, for the shapes and the place of a fresh guard; None:
-            one without the spike rule.
+          trees: of a checkpoint. Without "guard", which runs of older versions lack, it is fresh;
+            "carried" is zeros then.
+          like: the state's abstract form, for the shapes and the place of what is fresh; None:
+            a guard without the spike rule, and nothing carried.
         """
         progress = trees["progress"]
-        guard = trees.get("guard")
+        guard, carried = trees.get("guard"), trees.get("carried")
         if guard is None:
             guard = zeros_like(like.guard) if like is not None else first_guard(GuardConfig())
+        if carried is None:
+            carried = zeros_like(like.carried) if like is not None else {}
         return TrainState(progress["step"], trees["params"], trees.get("ema", {}),
-                          trees["optimizer"], progress["key"], guard)
+                          trees["optimizer"], progress["key"], guard, carried)
 
 
 def init_state(model: Any, optimizer: optax.GradientTransformation, config: Config) -> TrainState:
@@ -65,7 +72,14 @@ def init_state(model: Any, optimizer: optax.GradientTransformation, config: Conf
     # A copy: the step donates its buffers, and no buffer may be donated twice.
     ema = jax.tree.map(jnp.copy, params) if config.ema.decay else {}
     return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), key_run,
-                      first_guard(config.guard))
+                      first_guard(config.guard), model.init_state(_nothing(config)))
+
+
+def _nothing(config: Config) -> Batch:
+    """A training batch without a token that counts, for the shapes of what a model carries."""
+    shape = (config.train.batch_size, config.data.context)
+    zeros_BT = jnp.zeros(shape, jnp.int32)
+    return Batch(zeros_BT, zeros_BT, jnp.zeros(shape, jnp.float32))
 
 
 def ema_decay(decay: float, step: Int[Array, ""]) -> Float[Array, ""]:

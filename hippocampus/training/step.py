@@ -15,6 +15,7 @@ from hippocampus import xla_flags
 from hippocampus.config import Config
 from hippocampus.data.batches import Batch
 from hippocampus.training import sharding
+from hippocampus.training.equilibrium import skips_expansion, too_few_converge
 from hippocampus.training.guard import broken_tokens, judge, unless
 from hippocampus.training.losses import training_loss
 from hippocampus.training.optimizer import learning_rate_schedule
@@ -33,43 +34,53 @@ def train_step(model: Any, optimizer: optax.GradientTransformation, config: Conf
     schedule = learning_rate_schedule(config.optimizer, config.train.steps)
     k = config.train.grad_accumulation
 
-    def gradients(params: Any, batch: Batch, key: Array) -> tuple[Any, dict[str, Array]]:
-        def loss(params: Any) -> tuple[Array, dict[str, Array]]:
-            total, (sums, out) = training_loss(model, params, batch, key, config)
-            return total, {**sums, **model.statistics(out, batch.loss_weight_BT)}
+    def gradients(params: Any, batch: Batch, carried: Any, key: Array,
+                  progress: Array) -> tuple[Any, dict[str, Array], Any]:
+        def loss(params: Any) -> tuple[Array, tuple[dict[str, Array], Any]]:
+            total, (sums, out, after) = training_loss(model, params, batch, key, config, carried,
+                                                      progress)
+            return total, ({**sums, **model.statistics(out, batch.loss_weight_BT)}, after)
 
-        grads, sums = jax.grad(loss, has_aux=True)(params)
-        return grads, sums
+        grads, (sums, after) = jax.grad(loss, has_aux=True)(params)
+        return grads, sums, after
 
     # To trace a model takes seconds. Inlined, its shapes and the loop's body share one trace.
     traced_once = jax.jit(gradients, inline=True)
 
-    def accumulate(params: Any, batch: Batch, key: Array) -> tuple[Any, dict[str, Array]]:
+    def accumulate(params: Any, batch: Batch, carried: Any, key: Array,
+                   progress: Array) -> tuple[Any, dict[str, Array], Any]:
         # Every k-th row, not every k-th block: a device's rows stay on the device.
         micro = jax.tree.map(
-            lambda a: jnp.swapaxes(a.reshape(a.shape[0] // k, k, *a.shape[1:]), 0, 1), batch)
+            lambda a: jnp.swapaxes(a.reshape(a.shape[0] // k, k, *a.shape[1:]), 0, 1),
+            (batch, carried))
 
-        def add(total: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
-            found = traced_once(params, *part)
+        def add(total: Any, part: tuple[Batch, Any, Array]) -> tuple[Any, Any]:
+            *found, after = traced_once(params, *part, progress)
             with jax.named_scope("optimizer"):
-                return jax.tree.map(jnp.add, total, found), None
+                return jax.tree.map(jnp.add, total, found), after
 
         keys = jax.random.split(key, k)
         first = jax.tree.map(lambda a: a[0], micro)
-        shapes = jax.eval_shape(traced_once, params, first, keys[0])
+        *shapes, _ = jax.eval_shape(traced_once, params, *first, keys[0], progress)
         with jax.named_scope("optimizer"):
             zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-        return jax.lax.scan(add, zero, (micro, keys))[0]
+        (grads, sums), after = jax.lax.scan(add, zero, (*micro, keys))
+        return grads, sums, jax.tree.map(
+            lambda a: jnp.swapaxes(a, 0, 1).reshape(-1, *a.shape[2:]), after)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        grads, sums = (gradients if k == 1 else accumulate)(state.params, batch, key)
+        progress = state.step / config.train.steps
+        grads, sums, carried = (gradients if k == 1 else accumulate)(
+            state.params, batch, state.carried, key, progress)
         weight = jnp.maximum(sums.pop("weight"), 1.0)
         means = {name: total / weight for name, total in sums.items()}
         with jax.named_scope("optimizer"):
             grads = jax.tree.map(lambda g: g / weight, grads)
             loss, norm = means.pop("nll"), optax.tree.norm(grads)
         broken = (broken_tokens(batch, config.model.vocab_size) > 0) | ~jnp.isfinite(means["total"])
+        if skips_expansion(config.model):
+            broken |= too_few_converge(config.model, means["solver/converged"], progress)
         skip, guard = judge(state.guard, config.guard, loss, norm, broken)
         metrics = {"train/loss": loss, "train/grad_norm": norm,
                    "train/learning_rate": schedule(updates_done(state)),
@@ -78,9 +89,11 @@ def train_step(model: Any, optimizer: optax.GradientTransformation, config: Conf
         metrics.update({name if "/" in name else f"train/{name}": value
                         for name, value in means.items()})
         with jax.named_scope("optimizer"):
-            params, ema, opt_state = unless(skip, update(state, grads),
-                                            (state.params, state.ema, state.opt_state))
-        return TrainState(state.step + 1, params, ema, opt_state, state.key, guard), metrics
+            params, ema, opt_state, carried = unless(
+                skip, (*update(state, grads), carried),
+                (state.params, state.ema, state.opt_state, state.carried))
+        return TrainState(state.step + 1, params, ema, opt_state, state.key, guard,
+                          carried), metrics
 
     def update(state: TrainState, grads: Any) -> tuple[Any, Any, optax.OptState]:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -123,7 +136,8 @@ def sharded_init(model: Any, optimizer: optax.GradientTransformation, config: Co
         return init_state(model, optimizer, config)
 
     shapes = jax.eval_shape(make)
-    shardings = sharding.tree_shardings(mesh, shapes, config.mesh.rules)
+    shardings = sharding.tree_shardings(mesh, shapes, config.mesh.rules).replace(
+        carried=jax.tree.map(lambda a: sharding.batch_sharding(mesh, 1), shapes.carried))
     like = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
     return jax.jit(make, out_shardings=shardings), like, shardings

@@ -39,6 +39,12 @@ MODELS = {
         "model.n_layers": 3, "model.layer_paths": ("attention", "ssm+hopfield", "ssm+hopfield"),
         "model.ssm.kind": "diagonal", "model.ssm.input_scale": True, "model.segments.train": 1,
         "model.scan_layers": True, "model.remat": "full", "model.hopfield.patterns": "slots"},
+    "s6, learned": ONE_LAYER | {
+        "model.paths": ("ssm",), "model.segments.train": 1, "model.position": "learned",
+        "model.ssm.kind": "s6", "model.ssm.conv_bias": False},
+    "ssd and attention, scan": {
+        "model.paths": ("ssm", "attention"), "model.segments.train": 1, "model.ssm.kind": "ssd",
+        "model.ssm.head_width": 8, "model.ssm.n_groups": 3, "model.scan_layers": True},
     "bfloat16, all paths, R=1": ONE_LAYER | {
         "model.compute_dtype": "bfloat16", "model.segments.train": 1},
 }
@@ -97,6 +103,7 @@ def tiny(path):
         "model.vocab_size": V, "model.mixer.width": 8, "model.mlp.width": 16, "data.context": 24,
         "model.segments.controller_width": 8, "model.compute_dtype": "float32",
         "model.layer_paths": config.model.layer_paths[:n_layers],
+        "model.ssm.head_width": min(config.model.ssm.head_width, 8),
         "model.attention.n_kv_heads": min(config.model.attention.n_kv_heads, 1),
         "model.hopfield.n_slots": min(config.model.hopfield.n_slots, 5)}
     if config.model.embedding_width:

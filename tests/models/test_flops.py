@@ -6,7 +6,11 @@ import pytest
 
 from hippocampus.data.batches import Batch
 from hippocampus.models.build_model import build_model, parameter_shapes
-from hippocampus.models.flops import training_flops_by_component, training_flops_per_token
+from hippocampus.models.flops import (
+    ssm_flops,
+    training_flops_by_component,
+    training_flops_per_token,
+)
 
 ATTENTION = {"model.paths": ("attention",), "model.segments.train": 1}
 
@@ -52,8 +56,22 @@ def test_a_gru_is_what_one_counts_by_hand(tiny_config):
     assert training_flops_per_token(config) == 3 * forward
 
 
+def test_mamba_is_what_one_counts_by_hand(tiny_config):
+    """The compiler counts the body of S6's loop once; a chunk of SSD is all 24 tokens here."""
+    settings = {"model.paths": ("ssm",), "model.ssm.expansion": 2.0, "model.ssm.head_width": 8,
+                "model.ssm.dt_rank": 3, "model.ssm.n_groups": 2}
+    D, E, N, H, conv, T = 16, 32, 4, 4, 4, 24
+    s6 = D * 2 * E + conv * E + E * (3 + 2 * N) + 3 * E + E * D
+    chunks = (T + 1) / 2 * (2 * N + E) + 2 * E * N  # scores and their use; in and out of states
+    ssd = D * (2 * E + 2 * 2 * N + H) + conv * (E + 2 * 2 * N) + chunks + E * D
+    for kind, forward in (("s6", s6), ("ssd", ssd)):
+        config = tiny_config({**settings, "model.ssm.kind": kind}).model
+        assert ssm_flops(config.ssm, D, config.n_heads, T) == 2 * forward, kind
+
+
 @pytest.mark.parametrize("overrides", [
     {"model.paths": ("ssm",)},
+    {"model.paths": ("ssm",), "model.ssm.kind": "ssd", "model.ssm.d_state": 16},
     {"model.paths": ("hopfield",), "model.hopfield.patterns": "both"},
     {"model.paths": ("attention",), "model.attention.n_kv_heads": 1},
     {"model.segments.train": 2, "model.segments.feedback": True}])

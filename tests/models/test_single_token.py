@@ -63,9 +63,10 @@ def test_a_block_reads_a_token_as_its_layers_do(name, dtype, tiny_config):
 
 
 @pytest.mark.parametrize(("change", "capacity"), [
-    ({"model.ssm.kind": "diagonal"}, 48), ({"model.hopfield.patterns": "both"}, 48),
-    ({"model.mlp.kind": "gelu"}, 48), ({}, 50), ({"model.d_model": 24}, 48),
-    ({"model.attention.window": 5}, 48), ({"model.mlp.width": 20}, 48)])
+    ({"model.ssm.kind": "diagonal"}, 48), ({"model.ssm.kind": "s6"}, 48),
+    ({"model.hopfield.patterns": "both"}, 48), ({"model.mlp.kind": "gelu"}, 48), ({}, 50),
+    ({"model.d_model": 24}, 48), ({"model.attention.window": 5}, 48),
+    ({"model.mlp.width": 20}, 48)])
 def test_what_the_kernels_do_not_cover_is_left_to_the_layers(change, capacity, tiny_config):
     config = tiny_config({"model.d_model": 32, **change}).model
     assert not single_token.supports(config, capacity)

@@ -4,7 +4,15 @@ import inspect
 
 import pytest
 
-from hippocampus.ops import attention, cross_entropy, hopfield, linear_scan, selective_scan
+from hippocampus.ops import (
+    attention,
+    cross_entropy,
+    fixed_point,
+    hopfield,
+    jacobian,
+    linear_scan,
+    selective_scan,
+)
 
 FROZEN = {
     linear_scan.linear_scan:
@@ -25,6 +33,15 @@ FROZEN = {
     selective_scan.ssd:
         "(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H=None, *, chunk=128, h0_BHPN=None, "
         "reset_BT=None, backend='chunked')",
+    fixed_point.fixed_point:
+        "(f, z0, args=(), *, method='anderson', max_iterations=30, tol=0.001, limit=None, "
+        "damping=1.0, memory=5, regularization=1e-06, granularity='token', causal=True, "
+        "document_ids=None, done=None, gradient='implicit', phantom_steps=1, "
+        "backward_iterations=30, backward_tol=0.0001, remat=False, indexed=False, record=False)",
+    fixed_point.Solution:
+        "(value, converged, iterations, residual, residual_trace, evaluations, iterates)",
+    jacobian.contraction: "(f, z, args, key, *, iterations=3)",
+    jacobian.jacobian_norm: "(f, z, args, key)",
     hopfield.energy: "(xi_BTHd, keys_BTHd, slots_SHd, beta_H, document_ids=None)",
 }
 

@@ -50,12 +50,18 @@ def test_decays_that_read_the_token_are_selective(run):
 
 
 @pytest.mark.full
-def test_the_diagonal_kind_and_the_gru_have_a_memory_too(run):
+def test_other_kinds_have_a_memory_too(run):
     diagonal = table(run(ssm, of_path("ssm", model__ssm__kind="diagonal")), "memory")
     assert column(diagonal, "channels") == [24 * 4, 24 * 4]
     np.testing.assert_allclose(column(diagonal, "selectivity"), 0, atol=1e-2)
     gru = table(run(ssm, of_path("ssm", model__ssm__kind="gru")), "memory")
     assert min(column(gru, "median")) > 0 and any("update gate" in note for note in gru.notes)
+    for kind, channels, note in (("s6", 24 * 4, "N decays"), ("ssd", 3, "heads are counted")):
+        found = table(run(ssm, of_path("ssm", model__ssm__kind=kind, model__ssm__head_width=8)),
+                      "memory")
+        assert column(found, "channels") == [channels] * 2
+        assert min(column(found, "median")) > 0 and min(column(found, "selectivity")) > 0.05
+        assert any(note in n for n in found.notes)
 
 
 # ---------------------------------------------------------------- associative memory

@@ -37,6 +37,29 @@ MODELS: dict[str, dict[str, Any]] = {
         "model__ssm__kind": "diagonal", "model__hopfield__rope": True, "model__dropout": 0.1,
         "model__attention__window": 5, "train__grad_accumulation": 2,
         "model__embedding_width": 8, "model__token_noise": 0.1},
+    "s6": {**COMMON, "model__paths": ("ssm",), "model__ssm__kind": "s6"},
+    "ssd": {**COMMON, "model__paths": ("ssm",), "model__ssm__kind": "ssd",
+            "model__ssm__expansion": 2.0, "model__ssm__head_width": 8},
+}
+
+
+_OF_HYBRID = ("model__paths", "model__hopfield__depth_schedule")
+_EQUILIBRIUM: dict[str, Any] = {
+    **{name: value for name, value in COMMON.items() if name not in _OF_HYBRID},
+    "model__family": "equilibrium", "model__solver__tol_fixedpoint": 0.0,
+    "model__solver__max_iterations": 3, "loss__equilibrium__energy_weight": 0.1}
+MODELS |= {
+    # What compiles fast; below is everything.
+    "equilibrium": {
+        **_EQUILIBRIUM, "model__solver__method": "picard",
+        "model__cell__parts": ("hopfield", "mlp"), "data__order": "streams",
+        "model__solver__warm_start": "stream"},
+    "equilibrium_packed": {
+        **_EQUILIBRIUM, "model__tie_embeddings": False, "model__hopfield__patterns": "both",
+        "model__n_layers": 2, "model__scan_layers": True, "model__remat": "full",
+        "model__dropout": 0.1, "train__grad_accumulation": 2, "ema__decay": 0.9,
+        "loss__equilibrium__jacobian_weight": 0.1, "loss__equilibrium__jacobian_chance": 1.0,
+        "loss__equilibrium__contraction_weight": 0.1, "loss__equilibrium__contraction_target": 0.1},
 }
 
 
@@ -51,7 +74,8 @@ def batch(config: Any, step: int, packed: bool) -> Any:
     tokens, targets = draw.integers(0, 256, (2, *shape)).astype(np.int32)
     weight = draw.integers(0, 2, shape).astype(np.float32)
     ids = np.sort(draw.integers(1, 4, shape), axis=1).astype(np.int32) if packed else None
-    return Batch(tokens, targets, weight, document_ids_BT=ids)
+    reset = None if config.data.order != "streams" else np.full(shape[0], step == 0)
+    return Batch(tokens, targets, weight, document_ids_BT=ids, reset_B=reset)
 
 
 @functools.cache
@@ -96,7 +120,7 @@ def train(name: str, axes: tuple[int, int, int, int]) -> tuple[list, Any]:
     rows = []
     step = jit_train_step(train_step(model, optimizer, config), mesh, shardings)
     for n in range(STEPS):
-        placed = sharding.to_devices(batch(config, n, name == "packed"), mesh)
+        placed = sharding.to_devices(batch(config, n, name.endswith("packed")), mesh)
         state, metrics = step(state, placed)
         rows.append([float(metrics[m]) for m in ("train/loss", "train/grad_norm")])
     shard = placed.tokens_BT.addressable_shards[0].data.shape

@@ -41,7 +41,7 @@ def losses(tiny_config, random_parameters):
 
         @jax.jit
         def run(batch):
-            total, (sums, out) = training_loss(model, params, batch, KEY, config)
+            total, (sums, out, _) = training_loss(model, params, batch, KEY, config)
             kept = ("segments.hidden", "segments.0.hidden", "segments.1.hidden", "embedding",
                     "layers.0.residual", "layers.1.residual")
             return total, sums, {name: out[name] for name in kept if name in out}

@@ -25,12 +25,13 @@ from hippocampus.training.sharding import (
     process_rows,
     tree_shardings,
 )
-from hippocampus.training.step import train_step
+from hippocampus.training.step import sharded_init, train_step
 
 SCRIPT = Path(eight_devices.__file__)
 # (data, fsdp, tensor, sequence)
 MESHES = {"data=8": ("attention", (8, 1, 1, 1)),
-          "fsdp=2 tensor=2 sequence=2": ("everything", (1, 2, 2, 2))}
+          "fsdp=2 tensor=2 sequence=2": ("everything", (1, 2, 2, 2)),
+          "of an equilibrium": ("equilibrium", (1, 2, 2, 2))}
 SIZES = (1, 2, 4, 8)
 EVERY_SHAPE = [axes for axes in itertools.product(SIZES, repeat=4) if math.prod(axes) in (2, 4, 8)]
 SHAPES_OF_PACKED = [(1, 1, 8, 1), (1, 1, 1, 8), (1, 2, 2, 2), (2, 2, 2, 1), (2, 2, 1, 2),
@@ -61,6 +62,10 @@ def test_every_shape_of_mesh_gives_the_numbers_of_one_device(axes):
     cases = {"a": ("everything", axes)}
     if axes in SHAPES_OF_PACKED:  # two micro-batches of four rows
         cases["b"] = ("packed", axes)
+    if axes in ((1, 2, 2, 2), (2, 1, 1, 4)):
+        cases |= {kind: (kind, axes) for kind in ("s6", "ssd")}
+    if axes in ((1, 2, 2, 2), (2, 2, 1, 2)):  # two micro-batches of four rows here too
+        cases["c"] = ("equilibrium_packed", axes)
     found, stderr = eight_devices.on_eight_devices(SCRIPT, json.dumps(cases))
     for case in found.values():
         assert_like_one_device(case)
@@ -210,22 +215,22 @@ class Mesh222(Mesh4):
 # Parameters that lie whole on every device, and why.
 WHOLE = {
     r"scale$|bias$|log_beta$|time_kernel$|skip$": "vectors: less than a thousandth of a matrix",
-    r"(ssm/log_decay|ssm/input_scale)$": "a vector in the gated kind",
+    r"(ssm/log_decay|ssm/input_scale)$": "a vector in the gated kind and in SSD",
 }
 
+WHOLE_OF_A_CELL = {
+    r"part_scale$": "three vectors", r"mixer/log_decay$": "a vector in SSD",
+    r"ssm/log_decay$": "a vector in the gated kind"}
+
 OF_KIND = {"gated": ("conv_kernel", "gates/kernel"), "diagonal": ("conv_kernel", "log_decay"),
+           "s6": ("conv_kernel", "select/kernel", "step/kernel", "log_decay"),
+           "ssd": ("conv_kernel",),
            "gru": ("recurrent_kernel",)}
 
 
-@pytest.mark.parametrize("kind", OF_KIND)
-def test_every_parameter_but_vectors_is_spread_over_fsdp_and_tensor(monkeypatch, kind):
+def placed(monkeypatch, config) -> tuple[dict, dict]:
+    """Parameters (shape, axes) by name: those that some axis cuts, and those that none does."""
     monkeypatch.setattr("hippocampus.training.sharding.NamedSharding", lambda mesh, spec: spec)
-    config, _ = resolve(tiny_run.config(
-        model__d_model=256, model__n_heads=4, model__mixer__width=32, model__mlp__width=512,
-        model__segments__controller_width=32, model__vocab_size=30_000, model__ssm__kind=kind,
-        model__ssm__input_scale=True, loss__rectified_flow__segment_weight=0.1,
-        model__embedding_width=8,
-        **{**eight_devices.MODELS["everything"], "model__hopfield__n_slots": 64}))
     shapes = parameter_shapes(build_model(config))
     specs = jax.tree.leaves_with_path(tree_shardings(Mesh222(), shapes, config.mesh.rules),
                                       is_leaf=lambda x: isinstance(x, P))
@@ -234,6 +239,43 @@ def test_every_parameter_but_vectors_is_spread_over_fsdp_and_tensor(monkeypatch,
         axes = {axis for part in spec if part for axis in
                 ((part,) if isinstance(part, str) else part)}
         (spread if axes else whole)[path_name(path)] = (leaf, axes)
+    return spread, whole
+
+
+@pytest.mark.parametrize("kind", ["s6", "ssd"])
+def test_every_parameter_of_an_equilibrium_model_but_vectors_is_spread(monkeypatch, kind):
+    config, _ = resolve(tiny_run.config(
+        model__family="equilibrium", model__d_model=256, model__n_heads=4, model__ssm__kind=kind,
+        model__cell__mlp__width=512, model__hopfield__patterns="both",
+        model__hopfield__n_slots=512, model__tie_embeddings=False, model__ssm__d_state=16,
+        model__vocab_size=30_000))
+    spread, whole = placed(monkeypatch, config)
+    for name in ("embedding", "head", "out/kernel", "cell/slots", "cell/inject/kernel",
+                 "cell/key/kernel", "cell/ssm/gates/kernel", "cell/mlp/down/kernel",
+                 *("layers_0/mixer/" + name for name in OF_KIND[kind])):
+        assert spread[name][1] == {"fsdp", "tensor"}, name
+    for name, (leaf, _) in whole.items():
+        assert any(re.search(pattern, name) for pattern in (*WHOLE, *WHOLE_OF_A_CELL)), name
+        assert leaf.size < 2048, name
+
+
+def test_what_a_model_carries_lies_where_its_rows_lie():
+    config, _ = resolve(tiny_run.config(**eight_devices.MODELS["equilibrium"]))
+    optimizer = build_optimizer(config.optimizer, 10)
+    _, like, shardings = sharded_init(build_model(config), optimizer, config, one_device_mesh())
+    assert like.carried["z_last"].shape == (config.train.batch_size, 2 * config.model.d_model)
+    assert shardings.carried["z_last"].spec == P(("data", "fsdp"))
+
+
+@pytest.mark.parametrize("kind", OF_KIND)
+def test_every_parameter_but_vectors_is_spread_over_fsdp_and_tensor(monkeypatch, kind):
+    config, _ = resolve(tiny_run.config(
+        model__d_model=256, model__n_heads=4, model__mixer__width=32, model__mlp__width=512,
+        model__segments__controller_width=32, model__vocab_size=30_000, model__ssm__kind=kind,
+        model__ssm__input_scale=kind not in ("s6", "ssd"), loss__rectified_flow__segment_weight=0.1,
+        model__embedding_width=8,
+        **{**eight_devices.MODELS["everything"], "model__hopfield__n_slots": 64}))
+    spread, whole = placed(monkeypatch, config)
     for name in ("embedding", "head", "embedding_up/kernel", "head_down", "position_embedding",
                  "layers_0/ssm/in/kernel", "layers_0/hopfield/slots",
                  "layers_0/mixer/hidden/kernel",

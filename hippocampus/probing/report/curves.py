@@ -38,7 +38,11 @@ _TERMS = {
     "train/smoothing": ("Label smoothing", "cross-entropy against the uniform distribution"),
     "train/flow_segment": ("Segment flow", "rectified flow from the first pass to the last; "
                            "unscaled"),
-    "train/flow_depth": ("Depth straightness", "of the residual stream over the layers; unscaled")}
+    "train/flow_depth": ("Depth straightness", "of the residual stream over the layers; unscaled"),
+    "train/energy": ("Energy of the memory", "at the fixed point; unscaled"),
+    "train/convergence": ("Residual at the solution", "relative and squared; unscaled"),
+    "train/jacobian": ("Size of the Jacobian", "squared norm / D; 0 in steps without it; unscaled"),
+    "train/contraction": ("Contraction above its target", "squared; unscaled")}
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Curves:
       first: the losses on both splits; the first one is `wide` on a narrow screen.
       wide: the first picture once more, for a wide screen; None without any loss.
       terms: of the loss.
-      model: gates, their entropy, retrieval depth.
+      model: gates, their entropy, retrieval depth; or the solver and its energies.
       machine: learning rate, gradient norm, speed, memory, skipped steps.
       others: series that no picture above shows.
     """
@@ -99,7 +103,7 @@ def training_curves(rows: Rows, counted: Mapping[str, float],
         "mixer/entropy", "Gate entropy", "nats", "mean over tokens and layers of the entropy of "
         "the gates; ln(number of paths) = all alike, 0 = one path alone"), *drawer.one(
         "hopfield/depth", "Retrieval depth", "steps", "mean number of retrieval steps that the "
-        "depth gates ask for, over tokens and layers"))
+        "depth gates ask for, over tokens and layers"), *drawer.solver())
     machine = drawer.machine()
     return Curves(first, wide, terms, model, machine, drawer.rest())
 
@@ -193,6 +197,28 @@ class _Drawer:
             return ()
         return (Plot("gates", "Gates", "Mean gate of each path, over tokens and over the layers "
                      "that have the path.", _draw(lines, "gate", SIZE, (-0.02, 1.02))),)
+
+    def solver(self) -> tuple[Plot, ...]:
+        """How the fixed points of an equilibrium model were found, and their energies."""
+        parts = [Line(series, part, color) for part, color in zip(
+            ("total", "retrieval", "anchor"), SERIES, strict=False)
+                 if len(series := self._take(f"energy/{part}"))]
+        energies = (Plot("energy", "Energy of the memory", "At the fixed point, per token: that of "
+                         "the retrieval and of the anchor to the state.",
+                         _draw(parts, "energy", SIZE, _limits([p.series for p in parts], {}))),
+                    ) if parts else ()
+        return (
+            *self.one("solver/converged", "Converged tokens", "share", "of the tokens whose state "
+                      "reached its fixed point within the tolerances", from_zero=True),
+            *self.one("solver/iterations", "Sweeps", "sweeps", "mean over tokens until their "
+                      "state was found", from_zero=True),
+            *self.one("solver/residual", "Residual", "", "relative, mean over tokens; logarithmic",
+                      noisy=True, log=True),
+            *self.one("solver/rate", "Rate of convergence", "", "factor by which residuals go with "
+                      "every sweep; 1 or more: the cell does not contract", from_zero=True),
+            *self.one("solver/contraction", "Contraction", "", "how much the Jacobian stretches "
+                      "what it stretches most, after a few power iterations", from_zero=True),
+            *energies)
 
     def machine(self) -> tuple[Plot, ...]:
         """How the optimizer and the machine did."""

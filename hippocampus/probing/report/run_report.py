@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from hippocampus import __version__
-from hippocampus.config import FAMILIES, Config, layer_paths
+from hippocampus.config import FAMILIES, Config
 from hippocampus.config_files import fields, read_json
 from hippocampus.errors import DataError, HippocampusError
 from hippocampus.evaluation.tables import DIGEST_SHOWN
 from hippocampus.exports.folder import is_export, open_export
+from hippocampus.exports.model_facts import facts_of
 from hippocampus.exports.run_records import RunRecords
 from hippocampus.files import write_atomically
 from hippocampus.probing.report.blocks import (
@@ -121,10 +122,7 @@ def _top(told: _Told) -> Top:
         status = ("finished", "good")
     else:
         status = (f"step {told.step:,} of {steps:,}", "open")
-    paths = list(dict.fromkeys("+".join(layer) for layer in layer_paths(config.model)))
-    layers = f"{config.model.n_layers} layer{'s' * (config.model.n_layers > 1)}"
-    subtitle = (f"{', '.join(paths).replace('+', ' + ')}; {layers} of width "
-                f"{config.model.d_model}, on {Path(config.data.corpus).name} "
+    subtitle = (f"{facts_of(config.model).outline}, on {Path(config.data.corpus).name} "
                 f"({Path(config.data.tokenizer).name}, vocabulary {config.model.vocab_size:,})")
     blocks: list[Block] = [*trouble(told.folder, told.records.metrics), _facts(told),
                            _settings(told)]

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 
 TITLE = "The prediction as it forms: logit lens"
 
-AFTER = "equilibrium.residual"
-"""Of `out`: the state after the fixed point of an equilibrium model, which follows the layers."""
-
 _COLUMNS = (
     Column("state", "state"), Column("loss", "loss", "nats/token"),
     Column("loss_stderr", "± s.e."), Column("bits_per_byte", "loss", "bits/byte"),
@@ -41,8 +38,8 @@ def run(probe: Probe) -> SuiteResult:
             for r in range(passes):
                 prefix = "" if r == passes - 1 else f"segments.{r}."
                 states += views.residual_states(out, n_layers, prefix)[min(r, 1):]
-            if AFTER in out:
-                states.append(out[AFTER])
+            if "injection" in out:  # a cell stands behind the layers
+                states.append(out["residual"])
             return views.lens_view(model, params, jnp.stack(states), final_BTD, part)
 
         return {**views.by_rows(of_rows, batch, model.config.vocab_size),
@@ -56,7 +53,7 @@ def run(probe: Probe) -> SuiteResult:
         (f"layer {i}" if passes == 1 else f"pass {r} layer {i}", r, i + 1)
         for r in range(1, passes + 1) for i in range(n_layers))]
     if len(loss) > len(states):
-        states.append(("equilibrium", 1, n_layers + 1))
+        states.append(("cell", 1, n_layers + 1))
     rows = tuple(
         {"state": name, "pass": r, "depth": depth, "loss": float(loss[j]),
          "loss_stderr": float(error[j]), "bits_per_byte": probe.bits_per_byte(float(loss[j])),

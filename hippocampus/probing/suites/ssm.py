@@ -29,6 +29,12 @@ _COLUMNS = (
     Column("selectivity", "selectivity", "sd / mean", 2))
 
 
+_NOTES = {
+    "gru": ("a GRU's decay is its update gate",),
+    "s6": ("each of S6's N decays a channel counts as a channel",),
+    "ssd": ("SSD has one decay a head: heads are counted, not channels",)}
+
+
 def run(probe: Probe) -> SuiteResult:
     """Measures the decays of every channel."""
     layers = views.layers_with("ssm", probe.specs)
@@ -53,8 +59,7 @@ def run(probe: Probe) -> SuiteResult:
         "over the tokens; quantiles are over channels",
         "selectivity: how much -log decay varies from token to token (0 = the same for every "
         "token), its standard deviation over its mean, median channel",
-        *(("a GRU's decay is its update gate",)
-          if probe.config.model.ssm.kind == "gru" else ()))
+        *_NOTES.get(probe.config.model.ssm.kind, ()))
     table = ResultTable("memory", "Memory of the state-space channels", _COLUMNS, tuple(rows),
                         (probe.protocol,), notes)
     n = sum(len(length) for length in lengths.values())
