@@ -110,6 +110,30 @@ def built(tiny_config, random_parameters):
     return lambda overrides=None: make(tuple((overrides or {}).items()))
 
 
+@pytest.fixture(scope="session")
+def built_equilibrium(random_parameters):
+    """overrides -> (equilibrium model, random parameters); equal overrides give equal objects.
+
+    One Mamba layer, all parts of the cell, patterns of both kinds; `progress` in [0, 1] makes 2 to
+    30 sweeps.
+    """
+    from hippocampus.config_files import defaults, load_config
+    from hippocampus.models.build_model import build_model
+
+    @functools.cache
+    def make(items):
+        tiny = {
+            "data.context": 24, "model.vocab_size": 31, "model.d_model": 16, "model.n_layers": 1,
+            "model.n_heads": 2, "model.compute_dtype": "float32", "model.ssm.d_state": 4,
+            "model.hopfield.n_slots": 5, "model.hopfield.patterns": "both",
+            "model.cell.mlp.width": 16, "model.solver.tol_fixedpoint": 1e-5,
+            "model.solver.ramp_fraction": 1.0, "model.solver.ramp_tol": 1.0}
+        model = build_model(load_config(defaults("equilibrium"), {**tiny, **dict(items)}))
+        return model, random_parameters(model)
+
+    return lambda overrides=None: make(tuple((overrides or {}).items()))
+
+
 @pytest.fixture(scope="module")
 def quick_compiles(request):
     """Compiles with few optimisations, in half the time; as usual with --full."""
