@@ -15,7 +15,7 @@ from jaxtyping import Array
 from hippocampus.config_equilibrium import SolverConfig
 from hippocampus.evaluation.result_table import Column, Protocol, ResultTable
 from hippocampus.layers.equilibrium_cell import EquilibriumCell
-from hippocampus.layers.equilibrium_solver import Effort, solve
+from hippocampus.layers.equilibrium_solver import Effort, call, solve
 from hippocampus.ops.jacobian import contraction
 from hippocampus.probing.equilibrium import convergence, gradients
 from hippocampus.probing.equilibrium.system import Problem, System, drive_of, sweep
@@ -110,8 +110,7 @@ def _rate_and_contraction(problem: Problem, s0_BTS: Array, key: Array, *, cell: 
     def one_sweep(s: Array, problem: Problem) -> Array:
         return sweep(s, problem, cell, schedule)
 
-    residuals_nB = convergence.picard_residuals(lambda s: one_sweep(s, problem), s0_BTS, n)
-    end = jax.lax.fori_loop(0, n, lambda _, s: one_sweep(s, problem), s0_BTS)
+    residuals_nB, end = convergence.picard(lambda s: one_sweep(s, problem), s0_BTS, n)
     short_B, long_B = (contraction(one_sweep, end, problem, key, iterations=k) for k in power)
     return residuals_nB, short_B, long_B
 
@@ -196,7 +195,7 @@ def _gradients(problem: Problem, key: Array, *, cell: EquilibriumCell,
     """By the cell, its patterns and the injection, and the largest residual of a token."""
     def read(params: Any, u_BTD: Array) -> tuple[Array, Array]:
         drive = drive_of(problem.replace(params=params, u_BTD=u_BTD), cell)
-        s0_BTS = cell.apply({"params": params}, drive, method="first_state")
+        s0_BTS: Array = call(cell, params, "first_state", drive)
         solved = solve(cell, params, drive, jax.lax.stop_gradient(s0_BTS), solver,
                        Effort(None, _TIGHT, jnp.inf))
         z_BTD = solved.s_BTS[..., :u_BTD.shape[-1]]

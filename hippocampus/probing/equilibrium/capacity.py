@@ -134,7 +134,8 @@ def effective_patterns(patterns_SHd: Float[np.ndarray, "S H d"],
     return np.asarray(effective[0].mean(0))
 
 
-def _results(cue_QHd: Array, patterns_SHd: Array, dynamics: Dynamics) -> Mapping[str, Array]:
+def _results(cue_QHd: np.ndarray, patterns_SHd: np.ndarray,
+             dynamics: Dynamics) -> Mapping[str, Array]:
     free = dynamics._replace(kappa=0.0)
     sharp = free._replace(beta_H=SHARP * dynamics.beta_H)
     return {"memory": _settle(cue_QHd, patterns_SHd, *dynamics),

@@ -95,13 +95,17 @@ def agreement(values: Sequence[Float[np.ndarray, "*tokens S"]],
     return Distances(every.size, float(every.mean()), float(every.max()), 0.0), largest_nn
 
 
-def picard_residuals(f: Map, z0: Float[Array, "B *tokens S"], n: int) -> Float[Array, "n B"]:
-    """|f(z) - z| over |f(z)| of every row along plain iteration, without stopping.
+def picard(f: Map, z0: Float[Array, "B *tokens S"], n: int,
+           ) -> tuple[Float[Array, "n B"], Float[Array, "B *tokens S"]]:
+    """Plain iteration, without stopping.
 
     Args:
       f: the map.
-      z0: first states; norms are over all axes but the first.
+      z0: first states.
       n: evaluations.
+
+    Returns:
+      |f(z) - z| over |f(z)| of every row, norms being over all axes but the first; the last state.
     """
     def size(z: Array) -> Array:
         return jnp.sqrt(jnp.square(z.astype(jnp.float32)).sum(range(1, z.ndim)))
@@ -110,7 +114,8 @@ def picard_residuals(f: Map, z0: Float[Array, "B *tokens S"], n: int) -> Float[A
         new = f(z)
         return new, size(new - z) / jnp.maximum(size(new), jnp.finfo(jnp.float32).tiny)
 
-    return lax.scan(step, z0, None, length=n)[1]
+    end, residuals_nB = lax.scan(step, z0, None, length=n)
+    return residuals_nB, end
 
 
 def observed_rate(residuals: Float[np.ndarray, "n B"],

@@ -32,7 +32,8 @@ def compare(found: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str,
     """
     flat = {name: (_flat(found[name]), _flat(reference[name])) for name in reference}
     if len(flat) > 1:
-        flat["all"] = tuple(np.concatenate(parts) for parts in zip(*flat.values(), strict=True))
+        found_all, reference_all = zip(*flat.values(), strict=True)
+        flat["all"] = np.concatenate(found_all), np.concatenate(reference_all)
     return {name: _error(a, b) for name, (a, b) in flat.items()}
 
 

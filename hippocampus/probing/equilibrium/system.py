@@ -17,7 +17,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from hippocampus.config_equilibrium import SolverConfig
+from hippocampus.config_equilibrium import EquilibriumConfig, SolverConfig
 from hippocampus.data.batches import Batch
 from hippocampus.layers.equilibrium_cell import Drive, EquilibriumCell
 from hippocampus.layers.equilibrium_solver import (
@@ -101,8 +101,8 @@ class System:
         """Where a solve begins."""
         return np.asarray(_first_state(self.problem, cell=self.cell))
 
-    def solve(self, s0_BTS: Float[Array, "B T S"], *, schedule: str = "", method: str = "",
-              iterations: int = 0, limit: int | None = None, tol: float = 1e-4,
+    def solve(self, s0_BTS: Float[Array | np.ndarray, "B T S"], *, schedule: str = "",
+              method: str = "", iterations: int = 0, limit: int | None = None, tol: float = 1e-4,
               record: bool = False) -> Solved:
         """Solves from any first state; a token has converged by its residual alone.
 
@@ -135,14 +135,14 @@ class System:
                                  cell=self.cell, solver=self.solver)
         return int(np.asarray(inner_K)[:int(solved.evaluations)].sum())
 
-    def solve_together(self, s0_BTS: Float[Array, "B T S"], limit: int,
+    def solve_together(self, s0_BTS: Float[Array | np.ndarray, "B T S"], limit: int,
                        iterations: int) -> Float[Array, "B T S"]:
         """Anderson with one set of weights for a whole row, which lets tokens see later ones."""
         together: Array = _solve_together(self.problem, s0_BTS, jnp.int32(limit), cell=self.cell,
                                           solver=self.solver, iterations=iterations)
         return together
 
-    def last_token(self, states_nS: Float[Array, "n S"], others_TS: Float[Array, "T S"],
+    def last_token(self, states_nS: Float[np.ndarray, "n S"], others_TS: Float[np.ndarray, "T S"],
                    ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
         """Residual and energy of the last token in each of some states, all others held.
 
@@ -150,10 +150,11 @@ class System:
           states_nS: of the last token.
           others_TS: of the whole row; its last one is not read.
         """
-        return jax.device_get(_last_token(self.problem, jnp.asarray(states_nS),
-                                          jnp.asarray(others_TS), cell=self.cell))
+        found: tuple[np.ndarray, np.ndarray] = jax.device_get(_last_token(
+            self.problem, jnp.asarray(states_nS), jnp.asarray(others_TS), cell=self.cell))
+        return found
 
-    def retrievals(self, s_BTS: Float[Array, "B T S"], n: int) -> Float[np.ndarray, "J B T S"]:
+    def retrievals(self, s_BTS: Float[np.ndarray, "B T S"], n: int) -> Float[np.ndarray, "J B T S"]:
         """A state and what n retrieval steps make of its query (J = n + 1)."""
         return np.asarray(_retrievals(self.problem, jnp.asarray(s_BTS), cell=self.cell, n=n))
 
@@ -171,11 +172,24 @@ def open_systems(probe: Probe, tokens: int) -> dict[str, System]:
     Raises:
       SkipSuite: the model has no fixed point.
     """
-    if probe.config.model.solver.method == "explicit":
+    if config_of(probe).solver.method == "explicit":
         raise SkipSuite("the model has no fixed point (model.solver.method is explicit)")
     batch = some_rows(probe.host_batches[0], tokens)
     return {"trained": system_of(probe.model, probe.params, batch),
             "untrained": system_of(probe.model, untrained(probe), batch)}
+
+
+def config_of(probe: Probe) -> EquilibriumConfig:
+    """The config of the probe's model.
+
+    Raises:
+      SkipSuite: it is of another family.
+    """
+    config = probe.config.model
+    if not isinstance(config, EquilibriumConfig):
+        raise SkipSuite(f"it looks into equilibrium models, and this is of the {config.family} "
+                        "family")
+    return config
 
 
 def some_rows(batch: Batch, tokens: int) -> Batch:
@@ -207,7 +221,8 @@ def system_of(model: Any, params: Any, batch: Batch) -> System:
     exact = model.clone(config=config)
     problem = Problem(params["cell"], _injection(exact, params, batch), batch.document_ids_BT,
                       token_positions(batch))
-    return System(exact.cell, config.solver, problem)
+    # By the host, because what is bound to a device is another program to compile.
+    return System(exact.cell, config.solver, jax.tree.map(jnp.asarray, jax.device_get(problem)))
 
 
 def drive_of(problem: Problem, cell: EquilibriumCell) -> Drive:

@@ -101,9 +101,9 @@ def _trial(system: System, schedule: str, method: str, tol: float, iterations: i
     assert found is not None
     evaluations = int(found.evaluations)
     updates = system.state_updates(found, tol) if cascade else evaluations
-    host = jax.device_get((found.s_BTS, found.converged_BT, found.iterations_BT,
-                           found.residual_BT, found.residual_trace_KBT))
-    return Trial(schedule, method, *host, evaluations, updates, seconds)
+    host = jax.device_get(found)
+    return Trial(schedule, method, host.s_BTS, host.converged_BT, host.iterations_BT,
+                 host.residual_BT, host.residual_trace_KBT, evaluations, updates, seconds)
 
 
 def cost_table(trials: Trials, tol: float, iterations: int, protocol: Protocol) -> ResultTable:

@@ -30,7 +30,7 @@ from hippocampus.probing.equilibrium.capacity import (
     shuffled_patterns,
     unit,
 )
-from hippocampus.probing.equilibrium.system import some_rows, untrained
+from hippocampus.probing.equilibrium.system import config_of, some_rows, untrained
 from hippocampus.probing.plots import INK, SERIES, themed_svg
 from hippocampus.probing.results import Plot, SuiteResult
 from hippocampus.probing.rows import baseline_row, loss_row, loss_table
@@ -86,8 +86,9 @@ def run(probe: Probe, settings: Settings = Settings()) -> SuiteResult:
     """Measures the memory, and what the text's loss owes to it.
 
     Raises:
-      SkipSuite: no cell, or a cell without a memory.
+      SkipSuite: another family, no cell, or a cell without a memory.
     """
+    config_of(probe)
     names = probe.model.cell_names
     if not names:
         raise SkipSuite("the model has no cell (model.cell.copies is 0)")

@@ -23,6 +23,7 @@ from hippocampus.probing.equilibrium.continual import (
     summary,
     teach,
 )
+from hippocampus.probing.equilibrium.system import config_of
 from hippocampus.probing.plots import HEAT, themed_svg
 from hippocampus.probing.results import Plot, SuiteResult
 from hippocampus.probing.views import known
@@ -80,7 +81,12 @@ class Course(NamedTuple):
 
 
 def run(probe: Probe, settings: Settings = Settings()) -> SuiteResult:
-    """Trains and measures the copies."""
+    """Trains and measures the copies.
+
+    Raises:
+      SkipSuite: a model of another family.
+    """
+    config_of(probe)
     length = min(settings.length, probe.protocol.context)
     tasks = permuted_tasks(np.asarray(probe.text.ids), settings.tasks,
                            settings.rows * settings.steps, settings.measured, length, probe.seed)
@@ -91,7 +97,10 @@ def run(probe: Probe, settings: Settings = Settings()) -> SuiteResult:
                   else [tasks[i].learned for i in lessons])
         accuracy, loss = teach(probe.model, probe.params, mask, taught, tasks,
                                rows=settings.rows, rate=settings.rate)
-        courses.append(Course(name, accuracy, loss, summary(accuracy, lessons)))
+        found = summary(accuracy, lessons)
+        if name == JOINT:  # no order, so nothing before and after a lesson
+            found = Summary(float("nan"), found.final, float("nan"), float("nan"))
+        courses.append(Course(name, accuracy, loss, found))
     counted = tasks[0].measured[:, 1:].size
     protocol = dataclasses.replace(probe.protocol, tokens=counted, context=length, stride=length)
     names = [task.name for task in tasks]
@@ -136,8 +145,7 @@ def _summary_table(courses: Sequence[Course], settings: Settings,
         f"{settings.rows} rows, Adam at {settings.rate:g}; the text itself has no lesson",
         "learned: gain of a task in its lesson; final: mean over all tasks at the end; forgetting: "
         "best before the end, less the end; forward transfer: gain of a task before its lesson",
-        f"{JOINT}: as many steps, each of all tasks together: what is lost here is not for the "
-        "order; of it only `final` compares",
+        f"{JOINT}: as many steps, each of all tasks together; what it loses is not for the order",
         "patterns: the slots, or the keys' matrix, of the cell's memory")
     return ResultTable("summary", "What is learned, and what is forgotten", columns, known(rows),
                        (protocol,), notes)

@@ -127,7 +127,7 @@ def _starts(systems: Systems, found: trials.Trials, base: str, settings: Setting
     for parameters, system in systems.items():
         trial = next(trial for trial in found[parameters] if trial.name == base)
 
-        def solve_from(s0_BTS: Array, system: System = system) -> tuple[Array, Array]:
+        def solve_from(s0_BTS: np.ndarray, system: System = system) -> tuple[Array, Array]:
             solved = system.solve(s0_BTS, schedule=schedule, method=method, tol=settings.tol,
                                   iterations=settings.iterations, record=schedule == "cascade")
             return solved.s_BTS, solved.converged_BT
