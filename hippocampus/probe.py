@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hippocampus.verbs import Parser, run_verb
 
 _SUITES = ("paths, shuffle, segments, controller, gates, hopfield, ssm, energy, tokens, attention, "
-           "lens, flow, recall")
+           "lens, flow, recall, equilibrium, energy_landscape, associative_recall, continual")
 
 
 def main(arguments: Sequence[str], suite: str = "") -> None:

@@ -21,7 +21,7 @@ from hippocampus.config_equilibrium import SolverConfig
 from hippocampus.layers.equilibrium_cell import Drive, EquilibriumCell
 from hippocampus.ops.fixed_point import fixed_point
 
-_INNER_TOL = 0.1
+INNER_TOL = 0.1
 """Tolerance of a cascade's inner solve, as a share of the outer one, which reads its result."""
 
 
@@ -189,7 +189,7 @@ def schedule_map(cell: EquilibriumCell, config: SolverConfig, tol: Float[Array, 
     def cascade(s: Array, args: Any) -> Array:
         if config.inner_iterations > 1:
             # Of a solve the state that was tried is returned; its image is the better one.
-            s = fixed_point(state_sweep, s, args, method="picard", tol=_INNER_TOL * tol,
+            s = fixed_point(state_sweep, s, args, method="picard", tol=INNER_TOL * tol,
                             max_iterations=config.inner_iterations - 1,
                             gradient="unroll" if unroll else "none",
                             document_ids=args[1].document_ids_BT).value

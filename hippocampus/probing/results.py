@@ -1,7 +1,7 @@
 """What a suite of probes found, in memory and in files: `SuiteResult`.
 
-A suite writes `<suite>.json` (format 1) and one SVG file per plot; whatever shows results later
-(the report, a notebook) reads these files and measures nothing again.
+A suite writes `<suite>.json` (format 1), an SVG file per plot and a CSV file per table; whatever
+shows results later (the report, a notebook) reads these files and measures nothing again.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class SuiteResult:
 
 
 def write_suite(folder: Path, result: SuiteResult, about: Mapping[str, Any]) -> Path:
-    """Writes the pictures and then the JSON file that names them, each atomically.
+    """Writes tables and pictures, and then the JSON file that names them, each atomically.
 
     Args:
       folder: made if it is not there.
@@ -103,6 +103,8 @@ def write_suite(folder: Path, result: SuiteResult, about: Mapping[str, Any]) -> 
         write_atomically(folder / file, plot.svg)
         plots.append({"name": plot.name, "title": plot.title, "caption": plot.caption,
                       "file": file})
+    for table in result.tables:
+        write_atomically(folder / f"{result.suite}_{table.name}.csv", table.to_csv())
     content = {"format": FORMAT, "suite": result.suite, "title": result.title,
                "about": dict(about), "seconds": round(result.seconds, 3),
                "notes": list(result.notes),

@@ -43,7 +43,9 @@ def test_a_suite_comes_back_from_its_files(tmp_path):
     found, about = read_suite(path)
     assert found == result()
     assert about == {"step": 600}
-    assert {file.name for file in path.parent.iterdir()} == {"paths.json", "paths_losses.svg"}
+    assert {file.name for file in path.parent.iterdir()} == {
+        "paths.json", "paths_losses.svg", "paths_rows.csv"}
+    assert (path.parent / "paths_rows.csv").read_text().startswith("name,loss,flag,text")
 
 
 def test_suites_come_in_the_order_that_was_asked_for(tmp_path):

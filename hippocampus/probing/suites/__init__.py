@@ -18,7 +18,8 @@ from hippocampus.probing.results import SuiteResult
 
 SUITES = {name: f"hippocampus.probing.suites.{name}" for name in (
     "paths", "shuffle", "segments", "controller", "gates", "hopfield", "ssm", "energy", "tokens",
-    "attention", "lens", "flow", "recall")}
+    "attention", "lens", "flow", "recall", "equilibrium", "energy_landscape",
+    "associative_recall", "continual")}
 """Modules by name, in the order of running and showing."""
 
 
