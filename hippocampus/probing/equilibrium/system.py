@@ -30,8 +30,8 @@ from hippocampus.layers.equilibrium_solver import (
     solve,
 )
 from hippocampus.models.build_model import initialise
-from hippocampus.models.hybrid_lm import token_positions
 from hippocampus.ops.fixed_point import fixed_point
+from hippocampus.ops.positions import token_positions
 from hippocampus.probing.suites import SkipSuite
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def system_of(model: Any, params: Any, batch: Batch) -> System:
     config = dataclasses.replace(model.config, compute_dtype="float32")
     exact = model.clone(config=config)
     problem = Problem(params["cell"], _injection(exact, params, batch), batch.document_ids_BT,
-                      token_positions(batch))
+                      token_positions(batch.tokens_BT, batch.document_ids_BT, batch.positions_BT))
     # By the host, because what is bound to a device is another program to compile.
     return System(exact.cell, config.solver, jax.tree.map(jnp.asarray, jax.device_get(problem)))
 
