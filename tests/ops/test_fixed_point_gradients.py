@@ -29,7 +29,7 @@ def solve(w, method, gradient, ids=IDS, **settings):
 @functools.cache
 def _solver(method, gradient):
     def run(w, cotangent, limit):
-        value, pull, solution = jax.vjp(
+        _, pull, solution = jax.vjp(
             lambda w: (lambda found: (found.value, found))(solve(w, method, gradient, limit=limit)),
             w, has_aux=True)
         return solution, pull(cotangent)[0]
