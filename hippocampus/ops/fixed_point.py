@@ -46,7 +46,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hippocampus.errors import ConfigError
 from hippocampus.ops import fixed_point_loop as loop
-from hippocampus.ops.fixed_point_methods import METHODS, SEQUENCE, TOKEN, Method
+from hippocampus.ops.fixed_point_methods import METHODS, SEQUENCE, TOKEN, Method, Units
 
 GRADIENTS = ("implicit", "phantom", "unroll", "none")
 
@@ -81,9 +81,9 @@ def fixed_point(
     regularization: float = 1e-6, granularity: str = "token", causal: bool = True,
     document_ids: Int[Array, "*tokens"] | None = None,
     done: Callable[[Array, Array], Bool[Array, "*tokens"]] | None = None,
-    earliest: Int[Array, "*#tokens"] | None = None,
     gradient: str = "implicit", phantom_steps: int = 1, backward_iterations: int = 30,
     backward_tol: float = 1e-4, remat: bool = False, indexed: bool = False, record: bool = False,
+    earliest: Int[Array, "*tokens"] | None = None,
 ) -> Solution:
     """Solves z = f(z, args) for every token, from z0.
 
@@ -106,8 +106,6 @@ def fixed_point(
         when all earlier ones of its document have. False: tokens freeze by themselves.
       document_ids: document of each token, in runs; None = one document a row.
       done: (z, f(z)) -> whether a token has converged in other respects too.
-      earliest: the first evaluation, from 0, at which a token may freeze, such as that of a token
-        before it which is not among these; None = 0.
       gradient: "implicit", "phantom", "unroll" or "none"; see the module.
       phantom_steps: steps that "phantom" makes.
       backward_iterations: products with the Jacobian at most, for "implicit".
@@ -116,6 +114,8 @@ def fixed_point(
       indexed: f is (z, args, k) with the number k of the evaluation, from 0; has no fixed point to
         differentiate, so "unroll" or "none" only.
       record: keep all states.
+      earliest: evaluations before which a token does not freeze, for a decoder: those after which
+        the tokens before it had frozen, and K + 1 if they never did. None = 0.
 
     Returns:
       The solution. Shapes do not depend on what happens; everything may be compiled.
@@ -124,8 +124,10 @@ def fixed_point(
       ConfigError: an unknown choice, a number out of range, choices that exclude each other, or f
         with another shape or dtype than z0.
     """
-    _check(method, granularity, gradient, causal, indexed, max_iterations, memory, damping,
-           phantom_steps, backward_iterations)
+    z0 = lax.convert_element_type(z0, jnp.result_type(z0))  # a carry must not be weakly typed
+    _check(method, granularity, gradient, causal, indexed, z0)
+    _check_numbers(damping, max_iterations=max_iterations, memory=memory,
+                   phantom_steps=phantom_steps, backward_iterations=backward_iterations)
     units = TOKEN if granularity == "token" else SEQUENCE
     z0 = jnp.where(jnp.isfinite(z0), z0, 0)
     f, inputs = _closed(f, z0, args, jnp.int32(0)) if indexed else _closed(f, z0, args)
@@ -137,7 +139,7 @@ def fixed_point(
         done = _constant(done, z0)
     rules = loop.Rules(
         units=units, freeze=loop.prefixes(document_ids) if causal else loop.each,
-        tol=jnp.asarray(tol, jnp.float32), done=done, epsilon=_EPSILON, earliest=earliest,
+        tol=jnp.asarray(tol, jnp.float32), done=done, earliest=earliest, epsilon=_EPSILON,
         limit=jnp.clip(max_iterations if limit is None else limit, 0, max_iterations))
     step = METHODS[method](units, damping, memory, regularization)
 
@@ -153,32 +155,38 @@ def fixed_point(
     elif gradient == "phantom":
         value, evaluations = _phantom(f, value, inputs, damping, phantom_steps, evaluations)
     elif gradient == "implicit":
-        adjoint = METHODS[method](TOKEN, damping, memory, regularization)
-        value = _implicit(f, value, inputs, adjoint, backward_iterations, backward_tol)
+        # Tokens that depend on each other are solved for together, which takes fewer products.
+        units = SEQUENCE if causal and z0.ndim > 1 else units
+        value = _implicit(f, value, inputs, _Adjoint(
+            units, METHODS[method](units, damping, memory, regularization), backward_iterations),
+            backward_tol)
     return _solution(end, value, evaluations, z0.shape[:-1])
 
 
 def _check(method: str, granularity: str, gradient: str, causal: bool, indexed: bool,
-           max_iterations: int, memory: int, damping: float, phantom_steps: int,
-           backward_iterations: int) -> None:
+           z0: Array) -> None:
     for name, value, known in (("method", method, tuple(METHODS)),
                                ("granularity", granularity, ("token", "sequence")),
                                ("gradient", gradient, GRADIENTS)):
         if value not in known:
             raise ConfigError(f"fixed_point {name} is {value!r}", f"known: {', '.join(known)}")
-    for name, count in (("max_iterations", max_iterations), ("memory", memory),
-                        ("phantom_steps", phantom_steps),
-                        ("backward_iterations", backward_iterations)):
+    if granularity == "sequence" and (causal or z0.ndim < 2):
+        raise ConfigError("granularity sequence lets tokens of the time axis see later ones",
+                          "granularity='token', or causal=False and states with a time axis")
+    if indexed and gradient not in ("unroll", "none"):
+        raise ConfigError(f"an indexed function has no {gradient} gradient",
+                          "gradient='unroll' or 'none'")
+    if z0.ndim < 1 or not jnp.issubdtype(z0.dtype, jnp.floating):
+        raise ConfigError(f"fixed_point z0 is {z0.dtype} of shape {z0.shape}",
+                          "floating-point states, whose last axis is one state")
+
+
+def _check_numbers(damping: float, **counts: int) -> None:
+    for name, count in counts.items():
         if count < 1:
             raise ConfigError(f"fixed_point {name} is {count}", "at least 1")
     if not 0 < damping <= 1:
         raise ConfigError(f"fixed_point damping is {damping}", "above 0, at most 1")
-    if granularity == "sequence" and causal:
-        raise ConfigError("granularity sequence lets tokens see later ones",
-                          "granularity='token', or causal=False")
-    if indexed and gradient not in ("unroll", "none"):
-        raise ConfigError(f"an indexed function has no {gradient} gradient",
-                          "gradient='unroll' or 'none'")
 
 
 def _closed(f: Callable[..., Array], z: Array, args: Any, *index: Array) -> tuple[Callable, Any]:
@@ -217,8 +225,29 @@ def _phantom(f: Callable[..., Array], z: Array, inputs: Any, damping: float, ste
     return lax.scan(step, z, None, length=steps)[0], evaluations + steps
 
 
-def _implicit(f: Callable[..., Array], value: Array, inputs: Any, method: Method,
-              iterations: int, tol: float) -> Array:
+class _Adjoint(NamedTuple):
+    """How u = J^T u + g is solved."""
+
+    units: Units
+    method: Method
+    iterations: int
+
+    def solve(self, transposed: Callable[[Array], Array], g: Array, tol: Array) -> Array:
+        """Rows freeze as wholes: a token's u depends on those of later tokens."""
+        g = _zero_if_not_finite(g)
+        wide = g.astype(jnp.promote_types(g.dtype, jnp.float32))
+        rules = loop.Rules(units=self.units, freeze=loop.rows, tol=tol, done=None, earliest=None,
+                           limit=jnp.int32(self.iterations), epsilon=_EPSILON_BACKWARD)
+
+        def of_states(u: Array, k: Array) -> Array:
+            return transposed(u.astype(g.dtype)).astype(u.dtype) + wide
+
+        return loop.solve(of_states, wide, self.method, rules, self.iterations,
+                          trace=False).best.astype(g.dtype)
+
+
+def _implicit(f: Callable[..., Array], value: Array, inputs: Any, adjoint: _Adjoint,
+              tol: float) -> Array:
     """`value` with the gradient of the fixed point."""
     leaves, tree = jax.tree.flatten(inputs)
     is_float = [jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in leaves]
@@ -238,26 +267,14 @@ def _implicit(f: Callable[..., Array], value: Array, inputs: Any, method: Method
         value, floats, others = saved
         *others_, backward_tol = others
         _, transposed = jax.vjp(lambda z, floats: f(join(floats, others_), z), value, floats)
-        u = _adjoint(lambda u: transposed(u)[0], g, method, iterations, backward_tol)
-        of_floats = jax.tree.map(_zero_if_not_finite, transposed(u.astype(g.dtype))[1])
+        u = adjoint.solve(lambda u: transposed(u)[0], g, backward_tol)
+        of_floats = jax.tree.map(_zero_if_not_finite, transposed(u)[1])
         return jnp.zeros_like(value), of_floats, None
 
     attach.defvjp(forward, backward)
     floats = [leaf for leaf, float_ in zip(leaves, is_float, strict=True) if float_]
     others = [leaf for leaf, float_ in zip(leaves, is_float, strict=True) if not float_]
     return attach(value, floats, [*others, jnp.asarray(tol, jnp.float32)])
-
-
-def _adjoint(transposed: Callable[[Array], Array], g: Array, method: Method, iterations: int,
-             tol: Array) -> Array:
-    """u = J^T u + g. Tokens depend on later ones now, so rows freeze as wholes."""
-    g = _zero_if_not_finite(g)
-    wide = g.astype(jnp.promote_types(g.dtype, jnp.float32))
-    rules = loop.Rules(units=TOKEN, freeze=loop.rows, tol=tol, done=None,
-                       limit=jnp.int32(iterations), epsilon=_EPSILON_BACKWARD)
-    return loop.solve(
-        lambda u, k: transposed(u.astype(g.dtype)).astype(u.dtype) + wide, wide, method, rules,
-        iterations, trace=False).best
 
 
 def _solution(end: loop.Carry, value: Array, evaluations: Array,

@@ -27,8 +27,8 @@ class Rules(NamedTuple):
     tol: Float[Array, ""]
     limit: Int[Array, ""]
     done: Callable[[Array, Array], Bool[Array, "*tokens"]] | None
+    earliest: Int[Array, "*tokens"] | None
     epsilon: float
-    earliest: Int[Array, "*#units"] | None = None
 
 
 class Carry(NamedTuple):
@@ -125,7 +125,7 @@ def _step(f: Callable[[Array, Array], Array], method: Method, rules: Rules, at: 
     if rules.done is not None:
         ok &= units.all(rules.done(at.z, fz)[..., None])
     if rules.earliest is not None:
-        ok &= at.k >= rules.earliest
+        ok &= units.all((at.k + 1 >= rules.earliest)[..., None])
     moving = ~at.frozen & (at.k < rules.limit)
     frozen = rules.freeze(at.frozen | (moving & ok))
     # What a token freezes at is its result: an earlier iterate with a smaller residual met other

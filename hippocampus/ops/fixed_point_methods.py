@@ -20,6 +20,9 @@ _UNROLLED = 8
 _LEAST_PIVOT = 4.0
 """Times machine epsilon: a column that leaves less is a sum of those before it."""
 
+_MOST_PENALTY = 1.0
+"""Of anderson's least squares; where f does not contract, Picard's step alone would not help."""
+
 _LEAST_TURN = 0.1
 """Broyden's updates keep s.By above this share of s.s, so the Jacobian stays regular (Powell)."""
 
@@ -71,15 +74,32 @@ class _Last(NamedTuple):
 
     z: Array
     g: Array
+    square: Array  # |g|^2
     usable: Array
 
     @staticmethod
     def init(units: Units, z: Array) -> _Last:
-        return _Last(jnp.zeros_like(z), jnp.zeros_like(z), jnp.zeros(units.shape(z), bool))
+        shape = units.shape(z)
+        return _Last(jnp.zeros_like(z), jnp.zeros_like(z), jnp.zeros(shape, z.dtype),
+                     jnp.zeros(shape, bool))
 
     def changes(self, z: Array, g: Array, usable: Array) -> tuple[Array, Array]:
         both = (usable & self.usable)[..., None]
         return jnp.where(both, z - self.z, 0), jnp.where(both, g - self.g, 0)
+
+
+class _Trust(NamedTuple):
+    """What the last mixing promised, and how far mixing is believed since."""
+
+    promised: Array  # |g - sum gamma_i dg_i|^2
+    spread: Array  # sum gamma_i^2 |dg_i|^2
+    penalty: Array
+
+    def after(self, square: Array, least: float) -> Array:
+        """The penalty, in view of |g|^2 at the state that the mixing led to."""
+        error = jnp.maximum(square - self.promised, 0)
+        noise = jnp.where(self.spread > 0, error / jnp.where(self.spread > 0, self.spread, 1), 0)
+        return jnp.clip(jnp.maximum(noise, self.penalty / 2), least, max(least, _MOST_PENALTY))
 
 
 def anderson(units: Units, damping: float, memory: int, regularization: float) -> Method:
@@ -87,26 +107,40 @@ def anderson(units: Units, damping: float, memory: int, regularization: float) -
 
     With dz_i, dg_i the changes: gamma = argmin |g - sum gamma_i dg_i|, and the next state is
     z + damping g - sum gamma_i (dz_i + damping dg_i). The normal equations are those of changes
-    of unit length, so that `regularization` is a share of each one's square. Weights count as
-    constants where gradients go through the steps.
+    of unit length, so that `regularization` is a share of each one's square.
+
+    While other tokens move, g changes for reasons that a token's own states do not explain. That
+    is noise in dg_i: where |g| came out larger than promised, the penalty rises to what noise of
+    that size calls for, and halves with every step that keeps its promise. Where |g| grew, all
+    changes but the last are forgotten. Weights are constants where gradients go through the steps.
 
     Source: Walker & Ni 2011 (doi:10.1137/10078356X), equations 2.1-2.3.
     """
     def init(z: Array) -> tuple:
         ring = jnp.zeros((memory, *z.shape), z.dtype)
-        last = _Last.init(units, z)
-        return last, ring, ring, jnp.zeros((memory, memory, *last.usable.shape), z.dtype)
+        none = jnp.zeros(units.shape(z), z.dtype)
+        gram = jnp.zeros((memory, memory, *none.shape), z.dtype)
+        return _Last.init(units, z), ring, ring, gram, _Trust(none, none, none)
 
     def step(state: tuple, k: Array, z: Array, g: Array, usable: Array) -> tuple[Array, tuple]:
-        last, dgs, moves, gram = state
+        last, dgs, moves, gram, trust = state
         slot = (k - 1) % memory
         dz, dg = last.changes(z, g, usable)
+        held = lax.stop_gradient(g)
+        square = units.dot(held, held)
         dgs = _write(dgs, lax.stop_gradient(dg), slot)
         moves = _write(moves, dz + damping * dg, slot)
-        gram = _update_gram(units, jnp.where(usable, gram, 0), dgs, slot)
-        weights = _weights(gram, units.dot(dgs, lax.stop_gradient(g)[None]), regularization)
+        kept = usable & (square <= last.square)
+        gram = _update_gram(units, jnp.where(kept, gram, 0), dgs, slot)
+        products = units.dot(dgs, held[None])
+        penalty = trust.after(square, regularization)
+        weights = _weights(gram, products, penalty)
+        promised = square - 2 * (weights * products).sum(0) + (
+            weights[:, None] * weights * gram).sum((0, 1))
+        spread = (weights * weights * _diagonal(gram)).sum(0)
         new = z + damping * g - (weights[..., None] * moves).sum(0)
-        return new, (_Last(z, g, usable), dgs, moves, gram)
+        return new, (_Last(z, g, square, usable), dgs, moves, gram,
+                     _Trust(promised, spread, penalty))
 
     return Method(init, step)
 
@@ -121,22 +155,22 @@ def _update_gram(units: Units, gram: Array, dgs: Array, slot: Array) -> Array:
     return jnp.where(at_slot[:, None], products[None], gram)
 
 
-def _weights(gram: Array, products: Array, regularization: float) -> Array:
+def _weights(gram: Array, products: Array, penalty: Array) -> Array:
     square = _diagonal(gram)
     kept = square > 0
     scale = jnp.where(kept, lax.rsqrt(jnp.where(kept, square, 1)), 0)
     m = gram.shape[0]
     unit = jnp.eye(m, dtype=gram.dtype).reshape(m, m, *(1,) * (gram.ndim - 2))
-    system = jnp.where(unit > 0, 1 + regularization, gram * scale[:, None] * scale[None])
+    system = jnp.where(unit > 0, 1 + penalty, gram * scale[:, None] * scale[None])
     weights = scale * solve(system, scale * products)
-    return lax.stop_gradient(jnp.where(jnp.isfinite(weights).all(0), weights, 0))
+    return jnp.where(jnp.isfinite(weights).all(0), weights, 0)
 
 
 def broyden(units: Units, damping: float, memory: int, regularization: float) -> Method:
     """Broyden's good method for g(z) = 0 from the inverse Jacobian -1, of rank `memory` beyond it.
 
-    B <- B + (s - B y) s^T B / (s^T B y) with s, y the changes of z and g; the oldest term makes
-    room for the newest. B counts as a constant where gradients go through the steps.
+    B <- B + (s - B y) s^T B / (s^T B y) with s, y the changes of z and g. It begins again at -1
+    when it is full, and where |g| grew. B is a constant where gradients go through the steps.
 
     Source: Broyden 1965 (doi:10.1090/S0025-5718-1965-0198670-6); Powell's damping as in More &
     Trangenstein 1976 (doi:10.1090/S0025-5718-1976-0418451-2).
@@ -145,21 +179,24 @@ def broyden(units: Units, damping: float, memory: int, regularization: float) ->
 
     def init(z: Array) -> tuple:
         ring = jnp.zeros((memory, *z.shape), z.dtype)
-        last = _Last.init(units, z)
-        return last, ring, ring, jnp.zeros((memory, *last.usable.shape), z.dtype)
+        kept = jnp.zeros((memory, *units.shape(z)), z.dtype)
+        return _Last.init(units, z), ring, ring, kept
 
     def step(state: tuple, k: Array, z: Array, g: Array, usable: Array) -> tuple[Array, tuple]:
         last, us, vs, kept = state
         slot = (k - 1) % memory
         s, y = lax.stop_gradient(last.changes(z, g, usable))
+        held = lax.stop_gradient(g)
+        square = units.dot(held, held)
         at_slot = (jnp.arange(memory) == slot).reshape(memory, *(1,) * (kept.ndim - 1))
-        kept = jnp.where(at_slot | ~usable, 0, kept)
+        again = ~usable | (square > last.square) | kept.all(0)
+        kept = jnp.where(at_slot | again, 0, kept)
         u, v, useful = _update_pair(units, us, vs, kept, s, y)
         us, vs = _write(us, u, slot), _write(vs, v, slot)
         kept = jnp.where(at_slot, useful.astype(kept.dtype), kept)
         coefficients = kept * units.dot(vs, g[None])
         new = z + damping * (g - (coefficients[..., None] * us).sum(0))
-        return new, (_Last(z, g, usable), us, vs, kept)
+        return new, (_Last(z, g, square, usable), us, vs, kept)
 
     return Method(init, step)
 
