@@ -356,9 +356,15 @@ def token_positions(batch: Batch) -> Int[Array, "B T"]:
     """The place of every token in its document, from the ids where the batch does not say."""
     if batch.positions_BT is not None:
         return batch.positions_BT
-    index = jnp.broadcast_to(jnp.arange(batch.tokens_BT.shape[1]), batch.tokens_BT.shape)
-    if batch.document_ids_BT is None:
+    return positions_in_documents(batch.document_ids_BT, batch.tokens_BT.shape)
+
+
+def positions_in_documents(document_ids_BT: Int[Array, "B T"] | None,
+                           shape: tuple[int, ...]) -> Int[Array, "B T"]:
+    """Positions that begin at 0 with every document of a row; None = one document a row."""
+    index = jnp.broadcast_to(jnp.arange(shape[1]), shape)
+    if document_ids_BT is None:
         return index
-    ids = batch.document_ids_BT
+    ids = document_ids_BT
     begins = jnp.concatenate([jnp.ones_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], 1)
     return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
