@@ -37,7 +37,7 @@ class EquilibriumCache(struct.PyTreeNode):
       layers: the cache of each Mamba layer.
       cells: of each cell; with `solver.cache="iterations"` its state-space part is B,K,…: one for
         each evaluation.
-      frozen_B: with "iterations", the evaluation at which a row's last token froze.
+      frozen_B: with "iterations", the evaluations after which a row's last token froze.
     """
 
     length_B: Int[Array, " B"]
@@ -85,7 +85,7 @@ def solve_on(
       u_BnD: what the tokens drive the cell with.
       positions_Bn, valid_Bn: as for the layers.
       caches: of each cell.
-      frozen_B: the evaluation at which each row's last token froze (cache "iterations").
+      frozen_B: the evaluations after which each row's last token froze (cache "iterations").
 
     Returns:
       z_BnD, the new caches, and the new `frozen_B`.
@@ -133,8 +133,6 @@ def _along_iterations(
     frozen_B: Array,
 ) -> tuple[Array, Any, Array]:
     (params, drive), effort = args, full_effort(config, cell.dtype)
-    valid_Bn = drive.valid_BT
-    assert valid_Bn is not None
     G = schedule_map(cell, config, effort.tol)
 
     def at(k: Array) -> Drive:
@@ -146,11 +144,10 @@ def _along_iterations(
         lambda s, params, k: G(s, (params, at(k))), s0_BnS, params, method=config.method,
         max_iterations=config.max_iterations, tol=effort.tol, damping=config.damping,
         memory=config.memory, regularization=config.regularization, gradient="none",
-        indexed=True, record=True, earliest=frozen_B[:, None] + 1,
+        indexed=True, record=True, earliest=frozen_B[:, None],
         done=energy_settled(cell, (params, at(jnp.int32(0))), effort.tol_energy))
     ssm = jax.vmap(lambda s, k: _advance(cell, (params, at(k)), s), out_axes=1)(
         found.iterates, jnp.arange(config.max_iterations))
-    # A row without a valid token keeps its number; a token that never froze counts as the last.
-    froze_Bn = jnp.where(found.converged, found.iterations - 1, config.max_iterations)
-    froze_B = jnp.where(valid_Bn, froze_Bn, 0).max(1)
-    return found.value, ssm, jnp.maximum(frozen_B, froze_B)
+    # Tokens that do not count freeze with the one before; what never froze holds all behind it.
+    froze_Bn = jnp.where(found.converged, found.iterations, config.max_iterations + 1)
+    return found.value, ssm, jnp.maximum(frozen_B, froze_Bn.max(1))

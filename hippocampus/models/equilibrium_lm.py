@@ -135,37 +135,38 @@ class EquilibriumLM(nn.Module):
     # ------------------------------------------------------------ the map, for terms of the loss
 
     def sweep(self, s_BTS: Float[Array, "B T S"], u_BTD: Float[Array, "B T D"],
-              document_ids_BT: Int[Array, "B T"] | None, positions_BT: Int[Array, "B T"],
-              schedule: str = "simultaneous") -> Float[Array, "B T S"]:
+              document_ids_BT: Int[Array, "B T"] | None,
+              positions_BT: Int[Array, "B T"] | None = None, schedule: str = "simultaneous",
+              ) -> Float[Array, "B T S"]:
         """One sweep of the cell, such as at the fixed point `out["solver.state"]`.
 
         Args:
           s_BTS: the solver's vector, float32.
           u_BTD: `out["injection"]`.
-          document_ids_BT, positions_BT: of the batch; None = one document a row.
+          document_ids_BT, positions_BT: of the batch; without positions they follow from the
+            ids, and without ids every row is one document.
           schedule: "simultaneous" or "alternating".
         """
         drive = self._drive(self.cell_params[0], u_BTD, document_ids_BT, positions_BT)
         return apply(self.cell, (self.cell_params[0], drive), "sweep", s_BTS, schedule=schedule)
 
     def energies(self, s_BTS: Float[Array, "B T S"], u_BTD: Float[Array, "B T D"],
-                 document_ids_BT: Int[Array, "B T"] | None, positions_BT: Int[Array, "B T"],
-                 ) -> dict[str, Float[Array, "B T"]]:
+                 document_ids_BT: Int[Array, "B T"] | None,
+                 positions_BT: Int[Array, "B T"] | None = None) -> dict[str, Float[Array, "B T"]]:
         """The memory's energy, "retrieval", "anchor" and their sum "total"; as `sweep`."""
         drive = self._drive(self.cell_params[0], u_BTD, document_ids_BT, positions_BT)
         return apply(self.cell, (self.cell_params[0], drive), "energies", s_BTS)
 
     def solve(self, s0_BTS: Float[Array, "B T S"], u_BTD: Float[Array, "B T D"],
-              document_ids_BT: Int[Array, "B T"] | None, positions_BT: Int[Array, "B T"],
-              record: bool = False) -> Solved:
+              document_ids_BT: Int[Array, "B T"] | None,
+              positions_BT: Int[Array, "B T"] | None = None, record: bool = False) -> Solved:
         """Solves from any first state with the solver of the config; as `sweep`."""
         drive = self._drive(self.cell_params[0], u_BTD, document_ids_BT, positions_BT)
         return solve(self.cell, self.cell_params[0], drive, s0_BTS, self.config.solver,
                      full_effort(self.config.solver, self.dtype), record=record)
 
-    def first_state(self, u_BTD: Float[Array, "B T D"],
-                    document_ids_BT: Int[Array, "B T"] | None,
-                    positions_BT: Int[Array, "B T"]) -> Float[Array, "B T S"]:
+    def first_state(self, u_BTD: Float[Array, "B T D"], document_ids_BT: Int[Array, "B T"] | None,
+                    positions_BT: Int[Array, "B T"] | None = None) -> Float[Array, "B T S"]:
         """Where `forward` begins to solve; arguments as for `sweep`."""
         drive = self._drive(self.cell_params[0], u_BTD, document_ids_BT, positions_BT)
         first: Array = call(self.cell, self.cell_params[0], "first_state", drive)
@@ -352,7 +353,8 @@ class EquilibriumLM(nn.Module):
         return self.edit("injection", u_BTD)
 
     def _drive(self, params: Any, u_BTD: Array, document_ids_BT: Array | None,
-               positions_BT: Array) -> Drive:
+               positions_BT: Array | None) -> Drive:
+        positions_BT = token_positions(u_BTD[..., 0], document_ids_BT, positions_BT)
         drive: Drive = call(self.cell, params, "drive", u_BTD, document_ids_BT, positions_BT)
         return drive
 
@@ -381,8 +383,8 @@ class EquilibriumLM(nn.Module):
             out = equilibrium_statistics.of_solver(solved, cell, (params, drive))
             if cfg.solver.warm_start == "stream":
                 new_state = {"z_last": jax.lax.stop_gradient(s_BTS[:, -1])}
-        energies = apply(cell, (params, drive), "energies", s_BTS)
-        out.update({f"energy.{name}": value for name, value in energies.items()})
+        out.update({f"energy.{name}": value for name, value in apply(
+            cell, (params, drive), "energies", s_BTS).items()})
         z_BTD = self.edit("z_equilibrium", s_BTS[..., :cfg.d_model])
         out["z_equilibrium"] = z_BTD
         if "hopfield" in cfg.cell.parts:

@@ -191,7 +191,7 @@ def warmed(built_equilibrium):
     def run(progress):
         hidden, out, _ = model.apply(variables, batch_of(TOKENS), progress=progress,
                                      method="forward")
-        drive = (out["injection"], None, POSITIONS)
+        drive = (out["injection"], None, None)
         s = model.apply(variables, *drive, method="first_state")
         for _ in range(3):
             s = model.apply(variables, s, *drive, "alternating", method="sweep")
