@@ -570,6 +570,24 @@ def test_lint_comes_before_the_tests(checkout):
     assert done.stdout == "pytest on 3.11, JAX_PLATFORMS=cpu\n"
 
 
+@pytest.mark.parametrize(("cores", "workers"), [(1, None), (2, "2"), (4, "4"), (64, "4")])
+def test_files_of_tests_are_shared_out_over_the_cores(checkout, cores, workers):
+    checkout.program("nproc", f"#!/bin/sh\necho {cores}\n")
+    done = checkout.sh("./test", "tests/ops", "-k", "a or b")
+    given = ("-n", workers, "--dist", "loadfile") if workers else ()
+    assert checkout.calls()[-1][2:] == ("pytest", "-q", *given, "tests/ops", "-k", "a or b")
+    assert done.stdout == "pytest on 3.11, JAX_PLATFORMS=cpu\n"
+
+
+@pytest.mark.parametrize(("arguments", "env"), [
+    ("-n 0", {}), ("-n3", {}), ("-p no:randomly", {}), ("--pdb", {}), ("-x -s", {}), ("--full", {}),
+    ("", {"HIPPOCAMPUS_ACCEL": "cuda12"}), ("", {"JAX_PLATFORMS": "cuda"})])
+def test_one_process_runs_the_tests_where_it_must_or_was_asked_to(checkout, arguments, env):
+    checkout.program("nproc", "#!/bin/sh\necho 2\n")
+    checkout.sh("./test", *arguments.split(), HIPPOCAMPUS_TPU_PYTHON="/python", **env)
+    assert checkout.calls()[-1][2:] == ("pytest", "-q", *arguments.split())
+
+
 def test_the_slow_tests_get_a_second_environment_for_the_tpu_compiler(checkout):
     checkout.python("python3.12", version="3.12")
     assert checkout.sh("./test", "--full").returncode == 0
