@@ -59,13 +59,15 @@ class Solution(NamedTuple):
     """What `fixed_point` found, token by token."""
 
     value: Float[Array, "*tokens D"]
-    """The state each token froze at, else that of least residual; always finite."""
+    """The state each token froze at, else that of least residual, after the steps of "phantom" if
+    that is the gradient; always finite."""
     converged: Bool[Array, "*tokens"]
     """Whether the token froze: it and all tokens before it that count have met `tol`."""
     iterations: Int[Array, "*tokens"]
     """Evaluations of f until the token froze."""
     residual: Float[Array, "*tokens"]
-    """|f(z) - z| / (|f(z)| + 1e-8) at the result, float32; infinite if f was never finite."""
+    """|f(z) - z| / (|f(z)| + 1e-8) at the result (before "phantom"), float32; infinite if f was
+    never finite."""
     residual_trace: Float[Array, "K ..."]
     """That of every evaluation; when a token has frozen, its last one is repeated."""
     evaluations: Int[Array, ""]
@@ -204,7 +206,7 @@ def _closed(f: Callable[..., Array], z: Array, args: Any, *index: Array) -> tupl
         function = jex.core.jaxpr_as_fun(jex.core.ClosedJaxpr(closed.jaxpr, consts))
         return function(z, *leaves, *index)[0]
 
-    return call, (list(closed.consts), jax.tree.leaves(args))
+    return call, (list(closed.consts), [jnp.asarray(leaf) for leaf in jax.tree.leaves(args)])
 
 
 def _constant(done: Callable[..., Array], z: Array) -> Callable[..., Array]:
@@ -250,7 +252,7 @@ def _implicit(f: Callable[..., Array], value: Array, inputs: Any, adjoint: _Adjo
               tol: float) -> Array:
     """`value` with the gradient of the fixed point."""
     leaves, tree = jax.tree.flatten(inputs)
-    is_float = [jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in leaves]
+    is_float = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
 
     def join(floats: list, others: list) -> Any:
         sources = {True: iter(floats), False: iter(others)}

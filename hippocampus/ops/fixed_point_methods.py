@@ -159,9 +159,7 @@ def _weights(gram: Array, products: Array, penalty: Array) -> Array:
     square = _diagonal(gram)
     kept = square > 0
     scale = jnp.where(kept, lax.rsqrt(jnp.where(kept, square, 1)), 0)
-    m = gram.shape[0]
-    unit = jnp.eye(m, dtype=gram.dtype).reshape(m, m, *(1,) * (gram.ndim - 2))
-    system = jnp.where(unit > 0, 1 + penalty, gram * scale[:, None] * scale[None])
+    system = jnp.where(_unit(gram), 1 + penalty, gram * scale[:, None] * scale[None])
     weights = scale * solve(system, scale * products)
     return jnp.where(jnp.isfinite(weights).all(0), weights, 0)
 
@@ -274,7 +272,12 @@ def _eliminate_loop(system: Array, right: Array) -> Array:
 
 
 def _diagonal(gram: Array) -> Array:
-    return jnp.stack([gram[i, i] for i in range(len(gram))])
+    return jnp.where(_unit(gram), gram, 0).sum(0)
+
+
+def _unit(gram: Array) -> Array:
+    m = len(gram)
+    return jnp.eye(m, dtype=bool).reshape(m, m, *(1,) * (gram.ndim - 2))
 
 
 def _expand(a: Array) -> Array:

@@ -23,7 +23,14 @@ def ops() -> dict[str, tuple[Callable, tuple]]:
     import jax.numpy as jnp
     import numpy as np
 
-    from hippocampus.ops import attention, causal_conv, gated_scan, hopfield, linear_scan
+    from hippocampus.ops import (
+        attention,
+        causal_conv,
+        fixed_point,
+        gated_scan,
+        hopfield,
+        linear_scan,
+    )
 
     draw = np.random.default_rng(0)
 
@@ -71,6 +78,16 @@ def ops() -> dict[str, tuple[Callable, tuple]]:
         (x, normal(4, E), normal(E)))
     cases["convolution that reaches over a whole shard"] = (
         lambda x, k, b: causal_conv.causal_conv(x, k, b), (x, normal(9, E), normal(E)))
+
+    def cell(z: Any, args: tuple) -> Any:
+        decay, u, mixing = args
+        past = linear_scan.linear_scan(decay, z * (1 - decay), None, reset)
+        return jnp.tanh(past @ mixing + u)
+
+    cases["fixed point"] = (
+        lambda *args: fixed_point.fixed_point(
+            cell, jnp.zeros((B, T, E)), args, document_ids=jnp.cumsum(reset, 1), tol=1e-6,
+            backward_tol=1e-6).value, (a, x, normal(E, E) * 0.2))
     return cases
 
 
