@@ -29,11 +29,14 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-_SWEEPS = ("alternating", "simultaneous")
+SWEEPS = ("alternating", "simultaneous")
 """The schedules that are one sweep; a cascade's inner solve has no derivative to measure."""
 
 _TIGHT = 1e-7
 """Relative residual that gradients are measured at: all that float32 gives."""
+
+_FEW = 2
+"""Unrolled sweeps whose gradient is beside the right one."""
 
 _RATES = (
     Column("name", "map"), Column("rate", "observed rate", "", 3), Column("low", "lowest", "", 3),
@@ -56,12 +59,13 @@ def in_pieces(system: System, length: int) -> System:
 
 # ---------------------------------------------------------------- rate
 
-def rates(pieces: Mapping[str, System], *, sweeps: int, power: tuple[int, int], seed: int,
-          protocol: Protocol) -> tuple[ResultTable, Plot]:
+def rates(pieces: Mapping[str, System], schedules: Sequence[str], *, sweeps: int,
+          power: tuple[int, int], seed: int, protocol: Protocol) -> tuple[ResultTable, Plot]:
     """How fast plain iteration is, beside two estimates of the contraction where it ends.
 
     Args:
       pieces: "trained" and "untrained" systems of many short rows.
+      schedules: some of `SWEEPS`.
       sweeps: of plain iteration.
       power: products with the Jacobian of the short and the long estimate.
       seed: of their first vectors.
@@ -69,7 +73,7 @@ def rates(pieces: Mapping[str, System], *, sweeps: int, power: tuple[int, int], 
     """
     points: list[Row] = []
     for parameters, system in pieces.items():
-        for schedule in _SWEEPS:
+        for schedule in schedules:
             residuals_nB, short_B, long_B = jax.device_get(_rate_and_contraction(
                 system.problem, jnp.asarray(system.first_state()), jax.random.key(seed),
                 cell=system.cell, schedule=schedule, n=sweeps, power=power))
@@ -122,7 +126,7 @@ def _rate_plot(points: Sequence[Row], power: int, length: int) -> Plot:
         axes = figure.subplots()
         for name in dict.fromkeys(point["name"] for point in shown):
             own = [point for point in shown if point["name"] == name]
-            color = SERIES[_SWEEPS.index(own[0]["schedule"])]
+            color = SERIES[SWEEPS.index(own[0]["schedule"])]
             axes.plot([point["long"] for point in own], [point["rate"] for point in own],
                       color=color, linestyle="none", marker="o", markersize=5, label=name,
                       fillstyle="full" if own[0]["parameters"] == "trained" else "none")
@@ -154,21 +158,23 @@ def gradient_table(pieces: Mapping[str, System], *, sweeps: int, seed: int,
       protocol: of the table.
     """
     rows, ends = [], []
+    short = f"{_FEW} sweeps unrolled"
     for parameters, system in pieces.items():
         problem = system.problem
         problem = problem.replace(u_BTD=problem.u_BTD[:1], positions_BT=problem.positions_BT[:1])
-        found, residual = {}, {}
-        for name in ("unroll", "implicit", "phantom"):
-            solver = _long(system.solver, name, sweeps)
-            found[name], residual[name] = jax.device_get(_gradients(
-                problem, jax.random.key(seed), cell=system.cell, solver=solver))
-        ends.append(f"{float(residual['unroll']):.1g} ({parameters})")
-        for name in ("implicit", "phantom"):
-            for part, error in gradients.compare(found[name], found["unroll"]).items():
+        found = {name: jax.device_get(_gradients(
+            problem, jax.random.key(seed), jnp.int32(limit), cell=system.cell,
+            solver=_long(system.solver, gradient, sweeps)))
+            for name, gradient, limit in (("reference", "unroll", sweeps),
+                                          ("implicit", "implicit", sweeps),
+                                          (short, "unroll", _FEW))}
+        reference, residual = found.pop("reference")
+        ends.append(f"{float(residual):.1g} ({parameters})")
+        for name, (own, end) in found.items():
+            for part, error in gradients.compare(own, reference).items():
                 rows.append({"name": row_name(f"{name}, {part}", parameters),
                              "parameters": parameters, "relative": error.relative,
-                             "cosine": error.cosine, "size": error.size,
-                             "residual": float(residual[name])})
+                             "cosine": error.cosine, "size": error.size, "residual": float(end)})
     length = problem.u_BTD.shape[1]
     notes = (
         f"of a random linear function of the fixed points of {length} tokens, by the cell's "
@@ -176,7 +182,7 @@ def gradient_table(pieces: Mapping[str, System], *, sweeps: int, seed: int,
         f"{sweeps} unrolled sweeps of plain iteration, in float32",
         f"the reference ended with a residual of {', '.join(ends)}: one that has not converged is "
         "no reference",
-        "phantom: of one sweep, an approximation; it shows what an error looks like")
+        f"{short}: a wrong gradient, to see what an error looks like")
     return ResultTable("gradient", "Implicit gradient against long unrolling", _GRADIENT,
                        known(rows), (protocol,), notes)
 
@@ -186,18 +192,18 @@ def _long(solver: SolverConfig, gradient: str, sweeps: int) -> SolverConfig:
     return dataclasses.replace(
         solver, gradient=gradient, schedule="alternating", damping=1.0,
         method="picard" if gradient == "unroll" else solver.method, max_iterations=sweeps,
-        phantom_steps=1, backward_iterations=sweeps, backward_tol=_TIGHT)
+        backward_iterations=sweeps, backward_tol=_TIGHT)
 
 
 @functools.partial(jax.jit, static_argnames=("cell", "solver"))
-def _gradients(problem: Problem, key: Array, *, cell: EquilibriumCell,
+def _gradients(problem: Problem, key: Array, limit: Array, *, cell: EquilibriumCell,
                solver: SolverConfig) -> tuple[dict[str, Any], Array]:
     """By the cell, its patterns and the injection, and the largest residual of a token."""
     def read(params: Any, u_BTD: Array) -> tuple[Array, Array]:
         drive = drive_of(problem.replace(params=params, u_BTD=u_BTD), cell)
         s0_BTS: Array = call(cell, params, "first_state", drive)
         solved = solve(cell, params, drive, jax.lax.stop_gradient(s0_BTS), solver,
-                       Effort(None, _TIGHT, jnp.inf))
+                       Effort(limit, _TIGHT, jnp.inf))
         z_BTD = solved.s_BTS[..., :u_BTD.shape[-1]]
         weight_BTD = jax.random.normal(key, z_BTD.shape) / z_BTD.size**0.5
         return (weight_BTD * z_BTD).sum(), solved.residual_BT.max()

@@ -129,9 +129,12 @@ def effective_patterns(patterns_SHd: Float[np.ndarray, "S H d"],
                        ) -> Float[np.ndarray, " H"]:
     """The number of patterns that a retrieval from a stored one mixes, on average, per head."""
     _, cue_QHd = cues(patterns_SHd, 0.0, most, 0)
-    effective, _ = hopfield.effective_patterns(jnp.asarray(cue_QHd)[None], None,
-                                               jnp.asarray(patterns_SHd), jnp.asarray(beta_H))
-    return np.asarray(effective[0].mean(0))
+    return np.asarray(_effective(cue_QHd, patterns_SHd, beta_H))
+
+
+@jax.jit
+def _effective(cue_QHd: Array, patterns_SHd: Array, beta_H: Array) -> Float[Array, " H"]:
+    return hopfield.effective_patterns(cue_QHd[None], None, patterns_SHd, beta_H)[0][0].mean(0)
 
 
 def _results(cue_QHd: np.ndarray, patterns_SHd: np.ndarray,

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 SCHEDULES = ("alternating", "simultaneous", "cascade")
 METHODS = ("picard", "anderson", "broyden")
 
+_ROWS = ("u_BTD", "document_ids_BT", "positions_BT")
+"""Of a problem, what has rows."""
+
 _STATES = 64
 """Of a token that are looked at together."""
 
@@ -92,8 +95,7 @@ class System:
 
     def repeated(self, n: int) -> System:
         """The first row n times."""
-        one = {name: getattr(self.problem, name) for name in (
-            "u_BTD", "document_ids_BT", "positions_BT")}
+        one = {name: getattr(self.problem, name) for name in _ROWS}
         return self.with_problem(**jax.tree.map(
             lambda a: jnp.broadcast_to(a[:1], (n, *a.shape[1:])), one))
 
@@ -144,11 +146,11 @@ class System:
 
     def last_token(self, states_nS: Float[np.ndarray, "n S"], others_TS: Float[np.ndarray, "T S"],
                    ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-        """Residual and energy of the last token in each of some states, all others held.
+        """Residual and energy of the first row's last token in each of some states.
 
         Args:
           states_nS: of the last token.
-          others_TS: of the whole row; its last one is not read.
+          others_TS: of the whole row; its last one is not read, the others are held.
         """
         found: tuple[np.ndarray, np.ndarray] = jax.device_get(_last_token(
             self.problem, jnp.asarray(states_nS), jnp.asarray(others_TS), cell=self.cell))
@@ -219,7 +221,7 @@ def system_of(model: Any, params: Any, batch: Batch) -> System:
     """
     config = dataclasses.replace(model.config, compute_dtype="float32")
     exact = model.clone(config=config)
-    problem = Problem(params["cell"], _injection(exact, params, batch), batch.document_ids_BT,
+    problem = Problem(params["cell"], injection(exact, params, batch), batch.document_ids_BT,
                       token_positions(batch.tokens_BT, batch.document_ids_BT, batch.positions_BT))
     # By the host, because what is bound to a device is another program to compile.
     return System(exact.cell, config.solver, jax.tree.map(jnp.asarray, jax.device_get(problem)))
@@ -260,7 +262,8 @@ def residual(s_BTS: Array, problem: Problem, cell: EquilibriumCell) -> Float[Arr
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _injection(model: Any, params: Any, batch: Batch) -> Array:
+def injection(model: Any, params: Any, batch: Batch) -> Float[Array, "B T D"]:
+    """What drives the cell of a model on a batch."""
     _, out, _ = model.apply({"params": params}, batch, method="forward")
     u_BTD: Array = out["injection"]
     return u_BTD
@@ -311,7 +314,10 @@ def _last_token(problem: Problem, states_nS: Array, others_TS: Array, *,
                 cell: EquilibriumCell) -> tuple[Array, Array]:
     def one(state_S: Array) -> tuple[Array, Array]:
         s_BTS = others_TS.at[-1].set(state_S)[None]
-        return (residual(s_BTS, problem, cell)[0, -1], energy(s_BTS, problem, cell)[0, -1])
+        return (residual(s_BTS, one_row, cell)[0, -1], energy(s_BTS, one_row, cell)[0, -1])
+
+    one_row = problem.replace(**jax.tree.map(lambda array: array[:1], {
+        name: getattr(problem, name) for name in _ROWS}))
 
     found: tuple[Array, Array] = lax.map(one, states_nS, batch_size=_STATES)
     return found

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
@@ -30,7 +29,12 @@ from hippocampus.probing.equilibrium.capacity import (
     shuffled_patterns,
     unit,
 )
-from hippocampus.probing.equilibrium.system import config_of, some_rows, untrained
+from hippocampus.probing.equilibrium.system import (
+    config_of,
+    injection,
+    some_rows,
+    untrained,
+)
 from hippocampus.probing.plots import INK, SERIES, themed_svg
 from hippocampus.probing.results import Plot, SuiteResult
 from hippocampus.probing.rows import baseline_row, loss_row, loss_table
@@ -125,11 +129,9 @@ def stored_patterns(probe: Probe, cell: EquilibriumCell, params: Any,
         found["slots"] = unit(params["slots"])
     if "key" in params:
         batch = some_rows(probe.host_batches[0], settings.keys)
-        _, out, _ = jax.jit(lambda p, b: probe.model.apply({"params": p}, b, method="forward"))(
-            probe.params, batch)
-        u_TD = np.asarray(out["injection"], np.float32).reshape(-1, cell.d_model)
-        keys_TD = jnp.asarray(u_TD) @ params["key"]["kernel"]
-        found["keys"] = unit(np.asarray(keys_TD).reshape(len(keys_TD), cell.n_heads, -1))
+        u_BTD = injection(probe.model, probe.params, batch).astype(jnp.float32)
+        keys_BTD = np.asarray(u_BTD @ params["key"]["kernel"])
+        found["keys"] = unit(keys_BTD.reshape(-1, cell.n_heads, cell.d_model // cell.n_heads))
     for name in tuple(found):
         found[f"{name}, shuffled"] = shuffled_patterns(found[name], probe.seed)
     S, H, d = next(iter(found.values())).shape

@@ -52,7 +52,7 @@ class Settings:
     Attributes:
       tokens: of the basin, at most.
       length: tokens of a row; slices are of the last one of the first row.
-      starts: of the trajectories.
+      starts: whose trajectories are drawn, at most; there are as many as rows of the basin.
       distance: of those, relative to the length of the fixed point.
       grid: points of a slice each way.
       radii: distances of the basin's starts, relative to the length of the fixed point.
@@ -105,8 +105,7 @@ def run(probe: Probe, settings: Settings = Settings()) -> SuiteResult:
     protocol = dataclasses.replace(probe.protocol, tokens=systems["trained"].tokens)
     slices: dict[str, list[Slice]] = {"residual": [], "energy": []}
     for parameters, system in pieces.items():
-        for kind, found in _slices(system.cut(settings.length), parameters, settings,
-                                   probe.seed).items():
+        for kind, found in _slices(system, parameters, settings, probe.seed).items():
             slices[kind] += found
     memory = "hopfield" in systems["trained"].cell.config.parts
     kinds = ("residual", "energy") if memory else ("residual",)
@@ -122,16 +121,16 @@ def run(probe: Probe, settings: Settings = Settings()) -> SuiteResult:
 
 def _slices(system: System, parameters: str, settings: Settings,
             seed: int) -> dict[str, list[Slice]]:
-    """Of the last token of a row: in the plane of trajectories and, trained, in a random one."""
-    value_TS = _solved(system, system.first_state(), settings)[0]
-    starts_nTS = np.repeat(value_TS[None], settings.starts, 0)
+    """Of the first row's last token: in the plane of trajectories and, trained, a random one."""
+    many = system.cut(settings.length).repeated(len(system.problem.u_BTD))
+    value_TS = _solved(many, many.first_state(), settings)[0]
+    starts_nTS = np.repeat(value_TS[None], len(many.problem.u_BTD), 0)
     starts_nTS[:, -1] = displaced(starts_nTS[:, -1], settings.distance, seed)
-    many = system.repeated(settings.starts)
     solved = many.solve(starts_nTS, tol=settings.tol, iterations=settings.iterations, record=True)
     sweeps = max(3, int(solved.evaluations))
     # The first sweep brings any start near; the plane is of what comes after it.
     paths = {"residual": np.asarray(solved.iterates_KBTS)[1:sweeps, :, -1],
-            "energy": many.retrievals(_with_state_of(value_TS, starts_nTS, system),
+            "energy": many.retrievals(_with_state_of(value_TS, starts_nTS, many),
                                       settings.steps)[:, :, -1]}
     origin_S = value_TS[-1]
     found: dict[str, list[Slice]] = {}
@@ -145,7 +144,7 @@ def _slices(system: System, parameters: str, settings: Settings,
             planes["trained, random plane"] = random_plane(origin_S, seed, used)
         for name, own in planes.items():
             states = own.points(extent, settings.grid).reshape(-1, len(origin_S))
-            values = system.last_token(np.concatenate([states, origin_S[None]]), value_TS)[i]
+            values = many.last_token(np.concatenate([states, origin_S[None]]), value_TS)[i]
             values_GG = values[:-1].reshape(settings.grid, settings.grid)
             found.setdefault(kind, []).append(Slice(name, own, extent, values_GG,
                                                     float(values[-1]), own.project(paths_nKS)))
@@ -204,10 +203,12 @@ def _slice_plot(kind: str, slices: list[Slice], settings: Settings) -> Plot:
     # The fixed point itself is a hole in a logarithm: the colours are for what is around it.
     levels = np.linspace(np.percentile(every, 0.5), every.max() + 1e-9, 15)
 
+    shown_starts = min(settings.starts, len(slices[0].paths_nK2))
+
     def draw(figure: Figure) -> None:
         grid = figure.subplots(1, len(slices), squeeze=False)[0]
         for axes, own, values in zip(grid, slices, shown, strict=True):
-            filled = _draw_slice(axes, own, values, levels)
+            filled = _draw_slice(axes, own, values, levels, settings.starts)
         grid[0].set_ylabel("second direction")
         label = "log10 of the residual" if kind == "residual" else "energy"
         bar = figure.colorbar(filled, ax=grid, shrink=0.85, pad=0.02, label=label, format="%.2f")
@@ -221,15 +222,16 @@ def _slice_plot(kind: str, slices: list[Slice], settings: Settings) -> Plot:
     return Plot(
         kind, f"The {kind} around a fixed point",
         f"Colour: {quantity} on a plane through its fixed point (+), earlier tokens at theirs. "
-        f"Lines: trajectories of {settings.starts} starts {way}. The plane is the one in which "
+        f"Lines: trajectories of {shown_starts} starts {way}. The plane is the one in which "
         "they move most; beside it a random plane, and random parameters.",
         themed_svg(draw, width=8.4, height=3.0))
 
 
-def _draw_slice(axes: Axes, own: Slice, values_GG: np.ndarray, levels: np.ndarray) -> Any:
+def _draw_slice(axes: Axes, own: Slice, values_GG: np.ndarray, levels: np.ndarray,
+                most: int) -> Any:
     at = np.linspace(-own.extent, own.extent, len(values_GG))
     filled = axes.contourf(at, at, values_GG, levels=levels, cmap=HEAT, extend="min")
-    for path_K2 in own.paths_nK2:
+    for path_K2 in own.paths_nK2[:most]:
         axes.plot(*path_K2.T, color="white", lw=1.0, alpha=0.9)
         axes.plot(*path_K2[0], color="white", marker="o", ms=3)
     axes.plot(0, 0, color=SERIES[1], marker="+", ms=9, mew=2)

@@ -99,8 +99,9 @@ def run(probe: Probe, settings: Settings = Settings()) -> SuiteResult:
     names = [trial.name for trial in found["trained"]]
     base = base if base in names else names[0]
     pieces = {name: around.in_pieces(system, settings.row) for name, system in systems.items()}
-    rate_table, rate_plot = around.rates(pieces, sweeps=settings.iterations, power=settings.power,
-                                         seed=probe.seed, protocol=protocol)
+    rate_table, rate_plot = around.rates(
+        pieces, [schedule for schedule in settings.schedules if schedule in around.SWEEPS],
+        sweeps=settings.iterations, power=settings.power, seed=probe.seed, protocol=protocol)
     tables = [
         trials.cost_table(found, settings.tol, settings.iterations, protocol),
         trials.ends_table(found, base, protocol),
