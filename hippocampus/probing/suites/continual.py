@@ -58,10 +58,10 @@ class Settings:
     """
 
     tasks: int = 3
-    steps: int = 10
-    rows: int = 4
+    steps: int = 24
+    rows: int = 8
     length: int = 64
-    measured: int = 8
+    measured: int = 16
     rate: float = 3e-3
 
 
