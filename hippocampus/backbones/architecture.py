@@ -108,6 +108,15 @@ class Architecture:
         return 1.0 if self.family == "gemma3" else 0.0
 
     @property
+    def passes(self) -> int:
+        """Reasoning passes: one."""
+        return 1
+
+    def longest_row(self, context: int) -> int | None:
+        """Tokens that a row can have: any number; beyond `max_length` they slide along."""
+        return None
+
+    @property
     def position(self) -> str:
         """Positions are rotary: rows have no learned end."""
         return "rope"

@@ -57,7 +57,7 @@ def is_backbone(path: Path) -> bool:
         return path.is_file()
     try:
         return "model_type" in json.loads((path / CONFIG).read_text("utf-8"))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 

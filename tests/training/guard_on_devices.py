@@ -34,8 +34,8 @@ class Poisoned:
     def __init__(self, model: Any):
         self.model = model
 
-    def apply(self, variables: Any, batch: Any, **kwargs: Any) -> Any:
-        first, out, last = self.model.apply(variables, batch, **kwargs)
+    def apply(self, variables: Any, batch: Any, *state: Any, **kwargs: Any) -> Any:
+        first, out, last = self.model.apply(variables, batch, *state, **kwargs)
         values, gradient = (self._factor(batch.tokens_BT, of) for of in ("values", "gradient"))
         hidden = _in_the_gradient(out["segments.hidden"] * values, gradient)
         return first, {**out, "segments.hidden": hidden}, last
