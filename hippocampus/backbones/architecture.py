@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hippocampus.backbones.rotary import Rope
-from hippocampus.config import SegmentsConfig
 
 FAMILIES = ("llama", "qwen3", "gemma3", "gemma3n")
 """Of decoders that are known here."""
@@ -115,13 +114,3 @@ class Architecture:
     def longest_row(self, context: int) -> int | None:
         """Tokens that a row can have: any number; beyond `max_length` they slide along."""
         return None
-
-    @property
-    def position(self) -> str:
-        """Positions are rotary: rows have no learned end."""
-        return "rope"
-
-    @property
-    def segments(self) -> SegmentsConfig:
-        """One pass, always."""
-        return SegmentsConfig(train=1, eval=1)
