@@ -104,3 +104,11 @@ def test_a_step_that_does_not_converge_is_left_out_where_the_rule_says_so():
     for part in ("params", "opt_state", "carried"):
         assert tiny_run.digest(getattr(late, part)) == tiny_run.digest(getattr(early, part))
     assert int(late.step) == 4
+
+
+def test_a_row_that_goes_on_from_nothing_begins_at_zeros():
+    """As after a roll-back, whose checkpoint belongs to batches that are left out."""
+    step, state = parts()
+    after, metrics = step(state, a_batch(1))
+    assert metrics["train/skipped"] == 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((after.params, after.carried)))
