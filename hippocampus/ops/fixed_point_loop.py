@@ -58,20 +58,25 @@ def rows(ok: Bool[Array, "*units"]) -> Bool[Array, "*units"]:
 
 def prefixes(document_ids: Int[Array, "*tokens"] | None) -> Freeze:
     """Freezes tokens that have converged behind converged tokens of their document only."""
+    begin = 0 if document_ids is None else _begins(jnp.asarray(document_ids))
+
     def freeze(ok: Array) -> Array:
         if not ok.ndim:
             return ok
-        axis = ok.ndim - 1
-        position = lax.broadcasted_iota(jnp.int32, ok.shape, axis)
-        last_not = lax.cummax(jnp.where(ok, -1, position), axis=axis)
-        if document_ids is None:
-            return last_not < 0
-        ids = jnp.broadcast_to(document_ids, ok.shape)
-        first = jnp.concatenate(
-            [jnp.ones_like(ok[..., :1]), ids[..., 1:] != ids[..., :-1]], axis=-1)
-        return last_not < lax.cummax(jnp.where(first, position, 0), axis=axis)
+        last_open = lax.cummax(jnp.where(ok, -1, _positions(ok)), axis=ok.ndim - 1)
+        return last_open < begin
 
     return freeze
+
+
+def _begins(ids: Array) -> Array:
+    """Where in its row the document of each token begins."""
+    first = jnp.concatenate([jnp.ones_like(ids[..., :1], bool), ids[..., 1:] != ids[..., :-1]], -1)
+    return lax.cummax(jnp.where(first, _positions(ids), 0), axis=ids.ndim - 1)
+
+
+def _positions(a: Array) -> Array:
+    return lax.broadcasted_iota(jnp.int32, a.shape, a.ndim - 1)
 
 
 def solve(f: Callable[[Array, Array], Array], z0: Float[Array, "*tokens D"], method: Method,

@@ -150,10 +150,10 @@ def test_sixty_percent_of_picard_s_evaluations_are_enough_on_a_slow_map(method):
 
 
 @pytest.mark.parametrize("method", ["anderson", "broyden"])
-def test_tokens_that_move_together_take_no_more_evaluations_than_with_picard(method):
+def test_tokens_that_move_together_take_fewer_evaluations_than_with_picard(method):
     """What a token's own changes do not explain must not throw it off its way."""
     picard, other = (float(slowly(m, 0.5).iterations.mean()) for m in ("picard", method))
-    assert other <= 1.1 * picard
+    assert other <= 0.9 * picard
 
 
 def test_a_further_condition_holds_tokens_back():

@@ -201,9 +201,11 @@ def test_a_value_that_is_not_finite_once_costs_an_iteration_and_no_more(method):
     def run(w):
         return fixed_point(lambda z, w, k: jnp.where(k == 3, jnp.nan, cell(z, w)), z0, w,
                            method=method, tol=1e-5, max_iterations=40, indexed=True, memory=3,
-                           gradient="none", document_ids=IDS)
+                           gradient="none", document_ids=IDS, record=True)
 
-    solution = run(w)
+    solution = jax.tree.map(np.asarray, run(w))
     assert np.isinf(solution.residual_trace[3]).all() and solution.converged.all()
+    best = solution.residual_trace[:3].argmin(0)[None, ..., None]
+    assert (solution.iterates[4] == np.take_along_axis(solution.iterates, best, 0)[0]).all()
     np.testing.assert_allclose(solution.value, gradients(method, "implicit", w)[0].value,
                                atol=1e-4)
