@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +215,7 @@ def measure(jobs: list[Job], table: Table, bandwidth: float, peers: dict[str, fl
     with ThreadPoolExecutor() as pool:
         compiled = [pool.submit(lambda f=job[1], own=job[2]: jax.jit(f).lower(*own).compile())
                     for job in jobs]
+        wait(compiled)  # XLA tries variants on the device while it compiles
         for (name, _, own, n_bytes, peer, wanted), future in zip(jobs, compiled, strict=True):
             try:
                 run = future.result()

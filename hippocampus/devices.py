@@ -42,7 +42,9 @@ class Choice:
 # gradient moves 12 (v4) to 54 (v3) array-sizes through the memory, the associative one 43 to 72,
 # and takes twice as long to compile; the kernels, compiled for v3 to v6e, move every array once.
 # Fused attention moves a twentieth of what XLA's does; its bfloat16 products do not compile for v2
-# and v3. Peaks are the vendors' dense figures per JAX device (a v2/v3 device is half a chip).
+# and v3. On an H100 the kernels of the scans take a quarter (gated, bfloat16), half (plain) and a
+# 21st (S6) of the associative scan's time. Peaks are the vendors' dense figures per JAX device (a
+# v2/v3 device is half a chip).
 _TABLE: tuple[tuple[str, str, float, Choice], ...] = (
     ("tpu", r"v2", 0, Choice("bfloat16", "xla", "chunked", 22.5e12)),
     ("tpu", r"v3", 0, Choice("bfloat16", "xla", "pallas", 61.5e12)),
@@ -51,7 +53,7 @@ _TABLE: tuple[tuple[str, str, float, Choice], ...] = (
     ("tpu", r"v5", 0, Choice("bfloat16", "flash", "pallas", 459e12)),
     ("tpu", r"v6", 0, Choice("bfloat16", "flash", "pallas", 918e12)),
     ("tpu", r"", 0, Choice("bfloat16", "flash", "chunked")),
-    ("gpu", r"H100|H200|H800|GH200", 9.0, Choice("bfloat16", "cudnn", "associative", 989e12)),
+    ("gpu", r"H100|H200|H800|GH200", 9.0, Choice("bfloat16", "cudnn", "pallas", 989e12)),
     ("gpu", r"A100|A800", 8.0, Choice("bfloat16", "cudnn", "associative", 312e12)),
     ("gpu", r"L4\b", 8.0, Choice("bfloat16", "cudnn", "associative", 121e12)),
     ("gpu", r"", 8.0, Choice("bfloat16", "cudnn", "associative")),
@@ -162,7 +164,7 @@ def resolve(config: Config, device: Device | None = None,
                 raise ConfigError(f"{name} is cudnn with train.deterministic",
                                   "cuDNN adds gradients in any order; use auto or xla")
         choice = dataclasses.replace(choice, attention="xla")
-    scans = {name: scan_backend(known[name.removesuffix("backend") + "kind"], choice)
+    scans = {name: scan_backend(known[name.removesuffix("backend") + "kind"], device, choice)
              for name, kind in kinds.items() if kind == "scan"}
     best = {"model.compute_dtype": choice.compute_dtype,
             **{name: choice.attention for name in kinds if name not in scans}, **scans,
@@ -176,13 +178,12 @@ def resolve(config: Config, device: Device | None = None,
     return config, decided
 
 
-def scan_backend(kind: str, choice: Choice) -> str:
+def scan_backend(kind: str, device: Device, choice: Choice) -> str:
     """The scan of a kind of state space on a device.
 
-    SSD has products of chunks for every device. TPUs have no kernel for S6, and the one for
-    Hopper has to be asked for (docs/performance.md).
+    SSD has products of chunks for every device; S6 has no kernel for TPUs.
     """
-    if kind == "ssd" or (kind == "s6" and choice.scan == "pallas"):
+    if kind == "ssd" or (kind == "s6" and device.platform == "tpu"):
         return "chunked"
     return choice.scan
 

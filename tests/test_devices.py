@@ -79,7 +79,7 @@ def test_automatic_fields_are_decided_and_reported():
                             "loss.backend"}
     assert config.model.compute_dtype == "bfloat16"
     assert config.model.attention.backend == "cudnn"
-    assert config.model.ssm.backend == "associative"
+    assert config.model.ssm.backend == "pallas"
     assert config.loss.backend == "full"
 
 
@@ -136,8 +136,8 @@ def test_a_tpu_gets_the_kernels_that_compile_for_it(kind, attention, scan):
 
 
 @pytest.mark.parametrize(("kind", "backends"), [
-    ("s6", ("chunked", "associative", "chunked")), ("ssd", ("chunked",) * 3),
-    ("diagonal", ("chunked", "associative", "pallas"))])
+    ("s6", ("chunked", "pallas", "chunked")), ("ssd", ("chunked",) * 3),
+    ("diagonal", ("chunked", "pallas", "pallas"))])
 def test_the_scan_of_a_kind_is_one_that_the_device_has_for_it(kind, backends):
     config = load_config(defaults(), {"model.ssm.kind": kind})
     found = tuple(resolve(config, device)[0].model.ssm.backend for device in (CPU, H100, V5E))

@@ -139,17 +139,14 @@ def _fused(schedule: Schedule, interpret: bool, u: Array, delta: Array, A: Array
            C: Array, D: Array, h0: Array, reset: Array) -> tuple[Array, Array]:
     T = u.shape[1]
     u, delta, B, C, reset = _pad_time(schedule.pieces * schedule.tile, u, delta, B, C, reset)
-    y, h = _kernels(schedule, interpret, u, delta, A, B, C, D, h0, reset)
+    y, h, _ = _kernels(schedule, interpret, False, u, delta, A, B, C, D, h0, reset)
     return y[:, :T], h
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _kernels(schedule: Schedule, interpret: bool, *arrays: Any) -> tuple[Array, Array]:
-    return _kernels_forward(schedule, interpret, *arrays, save=False)[0]
-
-
-def _kernels_forward(schedule: Schedule, interpret: bool, *arrays: Any,
-                     save: bool = True) -> tuple[tuple[Array, Array], tuple]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _kernels(schedule: Schedule, interpret: bool, save: bool, *arrays: Any,
+             ) -> tuple[Array, Array, list[Array]]:
+    """y, the last states, and with `save` what the backward pass wants to have kept."""
     def on_gpu(*arrays: Any) -> tuple[Array, ...]:
         return _forward_on_gpu(schedule, interpret, save, *arrays)
 
@@ -161,7 +158,13 @@ def _kernels_forward(schedule: Schedule, interpret: bool, *arrays: Any,
         y, h, *kept = on_gpu(*arrays)
     else:
         y, h, *kept = lax.platform_dependent(*arrays, cuda=on_gpu, default=elsewhere)
-    return (y, h), (arrays, kept)
+    return y, h, kept
+
+
+def _kernels_forward(schedule: Schedule, interpret: bool, save: bool, *arrays: Any,
+                     ) -> tuple[tuple[Array, Array, list[Array]], tuple]:
+    y, h, kept = _kernels(schedule, interpret, True, *arrays)
+    return (y, h, kept if save else []), (arrays, kept)
 
 
 def _forward_on_gpu(schedule: Schedule, interpret: bool, save: bool, u: Array, delta: Array,
@@ -197,23 +200,50 @@ def _carry(first: Array, decays: Array, ends: Array) -> Array:
     return jnp.swapaxes(lax.scan(step, first, pieces, unroll=16)[1], 0, 1)
 
 
-def _kernels_backward(schedule: Schedule, interpret: bool, saved: tuple,
-                      cotangents: tuple[Array, Array]) -> tuple[Array | None, ...]:
+def _kernels_backward(schedule: Schedule, interpret: bool, save: bool, saved: tuple,
+                      cotangents: tuple) -> tuple[Array | None, ...]:
     arrays, kept = saved
+    return *_gradients(schedule, interpret, arrays, kept, cotangents[:2]), None
 
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gradients(schedule: Schedule, interpret: bool, arrays: tuple, kept: list[Array],
+               cotangents: tuple[Array, Array]) -> tuple[Array, ...]:
+    """With respect to all of `arrays` but the last, the resets."""
     def on_gpu(arrays: tuple, kept: list[Array], cotangents: tuple) -> tuple:
         return _backward_on_gpu(schedule, interpret, kept, cotangents, *arrays)
 
     def elsewhere(arrays: tuple, kept: list[Array], cotangents: tuple) -> tuple:
-        def scan(*differentiable: Any) -> tuple[Array, Array]:
-            return _chunked(*(*differentiable, arrays[-1]))
-
-        return jax.vjp(scan, *arrays[:-1])[1](cotangents)
+        return _chunked_gradients(arrays[:-1], cotangents, reset=arrays[-1])
 
     if interpret:
-        return *on_gpu(arrays, kept, cotangents), None
-    gradients = lax.platform_dependent(arrays, kept, cotangents, cuda=on_gpu, default=elsewhere)
-    return *gradients, None
+        return on_gpu(arrays, kept, cotangents)
+    gradients: tuple[Array, ...] = lax.platform_dependent(
+        arrays, kept, cotangents, cuda=on_gpu, default=elsewhere)
+    return gradients
+
+
+def _chunked_gradients(arrays: tuple, cotangents: tuple, *, reset: Array) -> tuple[Array, ...]:
+    return jax.vjp(lambda *arrays: _chunked(*(*arrays, reset)), *arrays)[1](cotangents)
+
+
+def _gradients_forward(schedule: Schedule, interpret: bool, arrays: tuple, kept: list[Array],
+                       cotangents: tuple[Array, Array]) -> tuple[tuple[Array, ...], tuple]:
+    found = _gradients(schedule, interpret, arrays, kept, cotangents)
+    return found, (arrays, kept, cotangents)
+
+
+def _gradients_backward(schedule: Schedule, interpret: bool, saved: tuple,
+                        g: tuple[Array, ...]) -> tuple[Any, ...]:
+    """A gradient of the gradient is rare: the chunked form's. What was kept is no input of it."""
+    arrays, kept, cotangents = saved
+    _, pull = jax.vjp(functools.partial(_chunked_gradients, reset=arrays[-1]), arrays[:-1],
+                      cotangents)
+    darrays, dcotangents = pull(g)
+    return (*darrays, None), jax.tree.map(jnp.zeros_like, kept), dcotangents
+
+
+_gradients.defvjp(_gradients_forward, _gradients_backward)
 
 
 def _backward_on_gpu(schedule: Schedule, interpret: bool, kept: list[Array],

@@ -157,6 +157,21 @@ def test_where_there_is_no_kernel_its_backend_runs_chunks():
         assert_close(found, expected, n_operations=2)
 
 
+def test_kernels_have_a_second_derivative():
+    """That of |dL/du|^2, as the Jacobian's term of the equilibrium model takes it."""
+    *arrays, reset, g, g_h = inputs(6, E=128, N=2, B=1)
+
+    def squares(arrays, backend):
+        def scan(*arrays):
+            return module.selective_scan(*arrays[:6], h0_BEN=arrays[6], reset_BT=reset,
+                                         backend=backend)
+        return sum((d * d).sum() for d in jax.vjp(scan, *arrays)[1]((g, g_h)))
+
+    for found, expected in zip(*(jax.jit(jax.grad(functools.partial(squares, backend=backend)))(
+            arrays) for backend in ("pallas", "sequential")), strict=True):
+        assert_close(found, expected, n_operations=64)
+
+
 SCHEDULES = {
     "one piece, tiles whole in registers": ((1, 4, 4, 2, True), 9, 16),
     "pieces, groups within tiles": ((2, 4, 2, 2, False), 15, 5),
