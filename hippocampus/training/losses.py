@@ -50,17 +50,20 @@ def training_loss(
       carries on.
     """
     key_dropout, key_terms = jax.random.split(key)
-    _, out, carried = model.apply({"params": params}, batch, carried, train=True, method="forward",
-                                  progress=progress, rngs={"dropout": key_dropout})
+    last_BTD, out, carried = model.apply(
+        {"params": params}, batch, carried, train=True, method="forward", progress=progress,
+        rngs={"dropout": key_dropout})
     head, weight_BT, loss_config = model.head(params), batch.loss_weight_BT, config.loss
     weights = pass_weights(config.model)
     total, sums = jnp.zeros(()), {"weight": weight_BT.sum()}
     for r, segment_weight in enumerate(weights):
         if not segment_weight:
             continue
+        # Through the stack of all passes zeros would run back through those that have no loss.
+        hidden_BTD = last_BTD if r + 1 == len(weights) else out["segments.hidden"][r]
         with jax.named_scope("loss"):
             loss, terms = cross_entropy(
-                out["segments.hidden"][r], head, batch.targets_BT, weight_BT,
+                hidden_BTD, head, batch.targets_BT, weight_BT,
                 smoothing=loss_config.label_smoothing, z_weight=loss_config.z_weight,
                 backend=loss_config.backend)
         total = total + segment_weight * loss

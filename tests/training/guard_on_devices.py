@@ -35,10 +35,9 @@ class Poisoned:
         self.model = model
 
     def apply(self, variables: Any, batch: Any, *state: Any, **kwargs: Any) -> Any:
-        first, out, last = self.model.apply(variables, batch, *state, **kwargs)
+        hidden, *rest = self.model.apply(variables, batch, *state, **kwargs)
         values, gradient = (self._factor(batch.tokens_BT, of) for of in ("values", "gradient"))
-        hidden = _in_the_gradient(out["segments.hidden"] * values, gradient)
-        return first, {**out, "segments.hidden": hidden}, last
+        return _in_the_gradient(hidden * values, gradient), *rest
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)

@@ -121,6 +121,25 @@ def test_targets_of_weight_zero_do_not_count(losses):
     assert float(losses({}, counted)[0]) != float(losses({}, batch)[0])
 
 
+@pytest.mark.parametrize(("gradient", "passes_back"), [("stop", 1), ("full", 2)])
+def test_a_pass_that_learns_nothing_costs_no_backward_pass(
+        gradient, passes_back, tiny_config, random_parameters):
+    def products(overrides):
+        config = tiny_config({"model.d_model": 64, "model.n_layers": 1, "model.mlp.width": 1024,
+                              "model.paths": ("ssm", "attention"), "loss.backend": "full",
+                              **overrides})
+        model = build_model(config)
+        loss = jax.grad(lambda params: training_loss(model, params, a_batch(), KEY, config)[0])
+        compiled = jax.jit(loss).lower(random_parameters(model)).compile()
+        return compiled.cost_analysis()["flops"]
+
+    one = products({"model.segments.train": 1})
+    two = products({"model.segments.train": 2, "model.segments.weights": (1.0,),
+                    "model.segments.gradient": gradient})
+    # A forward pass and a backward pass of two products for each of its products.
+    assert two / one == pytest.approx((2 + 2 * passes_back) / 3, rel=0.1)
+
+
 def test_unsupervised_passes_and_absent_terms_are_not_reported(losses):
     _, sums, out, head = losses({"model.segments.weights": (1.0,)}, a_batch())
     assert set(sums) == {"weight", "nll", "total"}
