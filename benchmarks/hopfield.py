@@ -73,8 +73,9 @@ def ours(shape: Shape, steps: int, backend: str) -> tuple[float, str]:
     beta = jnp.full(shape[2], shape[3]**-0.5)
 
     def retrieved(xi: jax.Array, keys: jax.Array, beta: jax.Array) -> jax.Array:
+        scaled = hopfield.scaled(keys, beta)
         for _ in range(steps):
-            xi = hopfield.retrieve(xi, keys, None, beta, backend=backend)
+            xi = hopfield.retrieve(xi, keys, None, beta, backend=backend, scaled_BTHd=scaled)
         return xi
 
     def both(g: jax.Array, *inputs: jax.Array) -> Any:

@@ -1,8 +1,8 @@
 """GPT-2 small's shape, attention only: what the training benchmarks compare with their peers.
 
 Twelve layers of causal attention with 12 heads of 64, d_model 768, a GELU MLP of 3,072, learned
-positions and one tied table of 50,304 ids; one pass, no dropout. What this project adds even to one
-path (QK-norm, the gate's network, the norm of the path's output) stays as every model here has it.
+positions and one tied table of 50,304 ids; one pass, no dropout and no QK-norm. What this project
+adds even to one path (the norm of the path's output, the gate's parameters) stays.
 
 Command:   python benchmarks/train_step.py --config=configs/gpt2_124m.py --peer=torch,jax
            (python -m hippocampus.train --config=configs/gpt2_124m.py trains it on OpenWebText)
@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     config.model.position = "learned"
     config.model.dropout = 0.0
     config.model.attention.n_kv_heads = 0
+    config.model.attention.qk_norm = False
     config.model.mlp.kind = "gelu"
     config.model.mlp.width = 3072
     config.model.segments.train = 1

@@ -39,6 +39,7 @@ from hippocampus.layers.edits import Edit, no_edit
 from hippocampus.layers.modern_ssm import conv_init
 from hippocampus.layers.norms import rms_normalize
 from hippocampus.layers.temporal_layer import TemporalLayer
+from hippocampus.ops.activations import halves
 from hippocampus.ops.causal_conv import causal_conv, last_inputs
 from hippocampus.ops.selective_scan import selective_scan
 from hippocampus.ops.ssd import ssd
@@ -136,7 +137,7 @@ class MambaS6(_Mamba):
              cache: Any = None, valid_BT: Any = None) -> tuple[Array, dict[str, Array], Any]:
         (B, T, D), cfg = u_BTD.shape, self.config
         E, N, R = round(cfg.expansion * D), cfg.d_state, cfg.dt_rank or -(-D // 16)
-        x_BTE, z_BTE = jnp.split(self._project(2 * E, "in")(u_BTD), 2, axis=-1)
+        x_BTE, z_BTE = halves(self._project(2 * E, "in")(u_BTD))
         c_BTE, inputs_BwE = self._conv(x_BTE, document_ids_BT, cache, valid_BT)
         s_BTR, B_BTN, C_BTN = jnp.split(
             nn.Dense(R + 2 * N, use_bias=False, dtype=self.dtype, name="select")(c_BTE),

@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 from hippocampus.config import SSMConfig
 from hippocampus.layers.edits import Edit, no_edit
 from hippocampus.layers.temporal_layer import TemporalLayer
+from hippocampus.ops.activations import halves
 from hippocampus.ops.causal_conv import causal_conv, last_inputs
 from hippocampus.ops.gated_scan import SHARPNESS, decay_and_input, gated_scan, input_size
 from hippocampus.ops.linear_scan import linear_scan
@@ -92,8 +93,7 @@ class ModernSSM(TemporalLayer):
              cache: Any = None, valid_BT: Any = None) -> tuple[Array, dict[str, Array], Any]:
         D, cfg = u_BTD.shape[-1], self.config
         E = round(cfg.expansion * D)
-        x_BTE, z_BTE = jnp.split(
-            nn.Dense(2 * E, use_bias=False, dtype=self.dtype, name="in")(u_BTD), 2, axis=-1)
+        x_BTE, z_BTE = halves(nn.Dense(2 * E, use_bias=False, dtype=self.dtype, name="in")(u_BTD))
         kernel_WE = self.param("conv_kernel", conv_init, (cfg.d_conv, E))
         bias_E = self.param("conv_bias", nn.initializers.zeros, (E,))
         c_BTE = jax.nn.silu(causal_conv(

@@ -122,7 +122,8 @@ class MoRHopfield(TemporalLayer):
         if cache is None:
             retrieve = functools.partial(
                 hopfield.retrieve, keys_BTHd=keys, slots_SHd=slots, beta_H=beta_H,
-                alpha=cfg.step_size, document_ids=document_ids_BT, backend=self.backend)
+                alpha=cfg.step_size, document_ids=document_ids_BT, backend=self.backend,
+                scaled_BTHd=None if keys is None else hopfield.scaled(keys, beta_H))
         else:
             visible = None
             if keys is not None:

@@ -1,8 +1,9 @@
-"""The non-linearities of the feed-forward part, with gradients that read their input once.
+"""Non-linearities and splits whose gradients are one pass over what they read.
 
-Differentiated by JAX, swiglu keeps several arrays of the hidden width and writes the gradients of
-its two halves before it joins them. Here the input is all that is kept, and the joined gradient is
-one expression of it. Computed in float32 inside, whatever the dtype.
+Differentiated by JAX, swiglu keeps several arrays of the hidden width, and the gradients of two
+halves are written before they are joined: XLA makes a copy of its own of a concatenation for each
+of the two products that read it. Here the input is all that is kept, and a joined gradient is one
+element-wise expression. Computed in float32 inside, whatever the dtype.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def _swiglu_backward(h: Array, dy: Array) -> tuple[Array]:
     dy, sigmoid = dy.astype(jnp.float32), jax.nn.sigmoid(gate)
     d_gate = dy * value * sigmoid * (1 + gate * (1 - sigmoid))
     d_value = dy * gate * sigmoid
-    return (jnp.concatenate([d_gate.astype(h.dtype), d_value.astype(h.dtype)], axis=-1),)
+    return (_joined(d_gate, d_value, h.dtype),)
 
 
 def _halves(h: Array) -> tuple[Array, Array]:
@@ -45,6 +46,31 @@ def _halves(h: Array) -> tuple[Array, Array]:
 
 
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+@jax.custom_vjp
+def halves(h: Float[Array, "... 2F"]) -> tuple[Float[Array, "... F"], Float[Array, "... F"]]:
+    """The first and the second half of the last axis."""
+    first, second = jnp.split(h, 2, axis=-1)
+    return first, second
+
+
+def _halves_forward(h: Array) -> tuple[tuple[Array, Array], None]:
+    return halves(h), None
+
+
+def _halves_backward(_: None, g: tuple[Array, Array]) -> tuple[Array]:
+    return (_joined(*g, g[0].dtype),)
+
+
+halves.defvjp(_halves_forward, _halves_backward)
+
+
+def _joined(first: Array, second: Array, dtype: jnp.dtype) -> Array:
+    """Side by side, as a choice between the two for every element."""
+    is_first = jnp.arange(2)[:, None] == 0
+    both = jnp.where(is_first, first[..., None, :], second[..., None, :])
+    return both.astype(dtype).reshape(*first.shape[:-1], -1)
 
 
 @jax.custom_vjp
@@ -61,7 +87,8 @@ def _gelu_forward(h: Array) -> tuple[Array, Array]:
 
 
 def _gelu_backward(h: Array, dy: Array) -> tuple[Array]:
-    x = h.astype(jnp.float32)
+    # Else XLA keeps the forward pass's tanh, in float32, instead of computing it again.
+    x = jax.lax.optimization_barrier(h).astype(jnp.float32)
     t = jnp.tanh(_ROOT * (x + _CUBE * x**3))
     slope = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * _ROOT * (1 + 3 * _CUBE * x * x)
     return ((dy.astype(jnp.float32) * slope).astype(h.dtype),)

@@ -27,6 +27,7 @@ def retrieve(
     xi_BTHd: Float[Array, "B T H d"], keys_BTHd: Float[Array, "B T H d"] | None,
     slots_SHd: Float[Array, "S H d"] | None, beta_H: Float[Array, " H"], *,
     alpha: float = 1.0, document_ids: Int[Array, "B T"] | None = None, backend: str = "xla",
+    scaled_BTHd: Float[Array, "B T H d"] | None = None,
 ) -> Float[Array, "B T H d"]:
     """One retrieval step of every token.
 
@@ -39,14 +40,16 @@ def retrieve(
       alpha: step size, in (0, 1].
       document_ids: document of each token; None = one document a row.
       backend: of `attention`; retrieval from slots always runs on XLA.
+      scaled_BTHd: from `scaled`, for further steps with the same keys; None = computed here.
 
     Returns:
       The new states, in the dtype of `xi_BTHd`.
     """
     if slots_SHd is None:
         assert keys_BTHd is not None
-        query = xi_BTHd * beta_H[:, None].astype(xi_BTHd.dtype)
-        new = attention(query, keys_BTHd, keys_BTHd, document_ids=document_ids, scale=1.0,
+        if scaled_BTHd is None:
+            scaled_BTHd = scaled(keys_BTHd, beta_H)
+        new = attention(xi_BTHd, scaled_BTHd, keys_BTHd, document_ids=document_ids, scale=1.0,
                         backend=backend)
     else:
         keys_BTHd = _everywhere(keys_BTHd)
@@ -56,6 +59,12 @@ def retrieve(
             new = new + jnp.einsum("bhts,bshd->bthd", p_context, keys_BTHd.astype(jnp.float32))
         new = new.astype(xi_BTHd.dtype)
     return new if alpha == 1.0 else (1 - alpha) * xi_BTHd + alpha * new
+
+
+def scaled(keys_BTHd: Float[Array, "B T H d"], beta_H: Float[Array, " H"],
+           ) -> Float[Array, "B T H d"]:
+    """beta k: scaled once, keys serve all steps, and so does the one gradient of beta."""
+    return keys_BTHd * beta_H[:, None].astype(keys_BTHd.dtype)
 
 
 def patterns_at_hand(

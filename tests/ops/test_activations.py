@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from hippocampus.ops.activations import gelu, swiglu
+from hippocampus.ops.activations import gelu, halves, swiglu
 from tests.ops.float64 import distance, in_float64
 
 B, T, F = 2, 3, 10
@@ -29,3 +29,10 @@ def test_values_and_gradients(function, plain, width: int, dtype: type, toleranc
     for found, wanted in zip((value, *pull(g)), in_float64(reference, h, g), strict=True):
         assert distance(found, wanted) < tolerance
         assert found.dtype == dtype
+
+
+def test_halves_and_their_joined_gradient() -> None:
+    h = jax.random.normal(jax.random.key(1), (B, T, 2 * F)).astype(jnp.bfloat16)
+    parts, pull = jax.vjp(halves, h)
+    assert (jnp.concatenate(parts, -1) == h).all()
+    assert (pull(parts)[0] == h).all() and pull(parts)[0].dtype == h.dtype
