@@ -43,8 +43,7 @@ def selective_scan(
       backend: "sequential" (one step after the other), "associative" (log-depth; has all B T E N
         states in memory at once, more often than not several times), "chunked" (steps in chunks
         whose states are computed again for the gradient) or "pallas" (one kernel each way that
-        keeps states in registers, on NVIDIA Hopper with E a multiple of 128 and N <= 16;
-        "chunked" elsewhere).
+        keeps states in registers, on NVIDIA Hopper with N <= 16; "chunked" elsewhere).
 
     Returns:
       y_BTE in the dtype of `u_BTE`, and the states after the last token (B,E,N), float32 as all
@@ -129,7 +128,7 @@ def _pallas(u: Array, delta: Array, A: Array, B: Array, C: Array, D: Array, h0: 
 
 def _pallas_on_device(u: Array, delta: Array, A: Array, B: Array, C: Array, D: Array, h0: Array,
                       reset: Array) -> tuple[Array, Array]:
-    if not selective_scan_hopper.supports(u.shape, A.shape[1]):
+    if not selective_scan_hopper.supports(A.shape[1]):
         return _chunked(u, delta, A, B, C, D, h0, reset)
     schedule = selective_scan_hopper.schedule(u.shape)
     return _fused(schedule, False, u, delta, A, B, C, D, h0, reset)
@@ -137,10 +136,19 @@ def _pallas_on_device(u: Array, delta: Array, A: Array, B: Array, C: Array, D: A
 
 def _fused(schedule: Schedule, interpret: bool, u: Array, delta: Array, A: Array, B: Array,
            C: Array, D: Array, h0: Array, reset: Array) -> tuple[Array, Array]:
-    T = u.shape[1]
+    _, T, E = u.shape
     u, delta, B, C, reset = _pad_time(schedule.pieces * schedule.tile, u, delta, B, C, reset)
+    u, delta, A, D, h0 = (_pad_channels(v, axis) for v, axis in (
+        (u, 2), (delta, 2), (A, 0), (D, 0), (h0, 1)))
     y, h, _ = _kernels(schedule, interpret, False, u, delta, A, B, C, D, h0, reset)
-    return y[:, :T], h
+    return y[:, :T, :E], h[:, :E]
+
+
+def _pad_channels(v: Array, axis: int) -> Array:
+    """Zeros up to whole blocks of channels."""
+    widths = [(0, 0)] * v.ndim
+    widths[axis] = (0, -v.shape[axis] % selective_scan_hopper.LANES)
+    return jnp.pad(v, widths)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

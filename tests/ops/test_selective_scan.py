@@ -184,7 +184,7 @@ def test_kernels_for_gpus_are_the_recurrence(name):
     cut, T, N = SCHEDULES[name]
     scan = functools.partial(
         module._fused, selective_scan_hopper.Schedule(*cut), not ON_GPU)
-    arrays = inputs(T, E=128, N=N, B=1, resets=0.1)
+    arrays = inputs(T, E=100, N=N, B=1, resets=0.1)
     compare(with_gradients(scan)(*arrays), arrays, n_operations=4 * T)
 
 

@@ -51,9 +51,9 @@ class Schedule:
     keep_decays: bool = False
 
 
-def supports(shape: tuple[int, ...], N: int) -> bool:
-    """Whether the kernels take shards of this shape (B,T,E), on the GPU that is here if one is."""
-    if shape[2] % LANES or not 0 < N <= 16:
+def supports(N: int) -> bool:
+    """Whether the kernels take so many states, on the GPU that is here if one is."""
+    if not 0 < N <= 16:
         return False
     device = jax.devices()[0]
     return device.platform != "gpu" or float(getattr(device, "compute_capability", 0)) >= 9.0
@@ -62,7 +62,7 @@ def supports(shape: tuple[int, ...], N: int) -> bool:
 def schedule(shape: tuple[int, ...]) -> Schedule:
     """So many pieces of time that an H100 is full, of four tiles at least."""
     (B, T, E), cut = shape, Schedule(pieces=1)
-    while cut.pieces * B * (E // LANES) < _BLOCKS and 8 * cut.pieces * cut.tile <= T:
+    while cut.pieces * B * -(-E // LANES) < _BLOCKS and 8 * cut.pieces * cut.tile <= T:
         cut = dataclasses.replace(cut, pieces=2 * cut.pieces)
     return cut
 
