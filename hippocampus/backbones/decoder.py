@@ -21,7 +21,7 @@ from hippocampus.backbones.attention import DecoderAttention, Memory
 from hippocampus.backbones.llama import LlamaLayer
 from hippocampus.data.batches import Batch
 from hippocampus.layers.edits import Edit, no_edit, scoped
-from hippocampus.layers.layer_stack import run_layers
+from hippocampus.layers.layer_stack import layer_parameters, run_layers
 from hippocampus.layers.norms import RMSNorm
 from hippocampus.layers.self_attention import AttentionCache
 from hippocampus.ops.cross_entropy import Head
@@ -75,8 +75,8 @@ class Decoder(nn.Module):
         self.embedding_VD = self.param("embedding", table, shape)
         if not cfg.tie_embeddings:
             self.param("head", table, shape)
-        self.layer_params = [self._layer_params(f"layers_{i}", spec)
-                             for i, spec in enumerate(cfg.layers)]
+        names = [f"layers_{i}" for i in range(len(cfg.layers))]
+        self.layer_params = layer_parameters(self, names, cfg.layers, self._init_layer)
         self.norm_out = RMSNorm(cfg.norm_epsilon, self.dtype, offset=cfg.norm_offset)
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> tuple[Float[Array, "B T V"], dict]:
@@ -224,12 +224,6 @@ class Decoder(nn.Module):
         kind: Any = self.layer_class
         return kind(self.config, spec, jnp.dtype(self.compute_dtype), self.backend, edit,
                     parent=None)
-
-    def _layer_params(self, name: str, spec: LayerSpec) -> Any:
-        """The parameters of a layer, made where they are missing."""
-        if self.has_variable("params", name):
-            return self.get_variable("params", name)
-        return self.param(name, self._init_layer, spec)
 
     def _init_layer(self, key: Array, spec: LayerSpec) -> dict:
         params: dict = _initialise(self._layer(spec), key)

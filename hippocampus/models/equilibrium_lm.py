@@ -32,7 +32,7 @@ from hippocampus.layers.equilibrium_solver import (
     solve,
     solve_at,
 )
-from hippocampus.layers.layer_stack import run_layers
+from hippocampus.layers.layer_stack import layer_parameters, run_layers
 from hippocampus.layers.norms import RMSNorm
 from hippocampus.models import equilibrium_statistics
 from hippocampus.models.decode_parameters import cast_parameters
@@ -65,8 +65,11 @@ class EquilibriumLM(nn.Module):
         self.embedding_VD = self.param("embedding", table, shape)
         if not cfg.tie_embeddings:
             self.param("head", table, shape)
-        self.layer_params = [self._tree(f"layers_{i}", self._block()) for i in range(cfg.n_layers)]
-        self.cell_params = [self._tree(name, self.cell) for name in self.cell_names]
+        self.layer_params = layer_parameters(
+            self, [f"layers_{i}" for i in range(cfg.n_layers)], ("layer",) * cfg.n_layers,
+            self._init_tree)
+        self.cell_params = layer_parameters(
+            self, self.cell_names, ("cell",) * len(self.cell_names), self._init_tree)
         self.norm_out = RMSNorm(cfg.norm_epsilon, self.dtype)
         if self.cell_names:
             self.norm_injection = RMSNorm(cfg.norm_epsilon, self.dtype)
@@ -297,16 +300,11 @@ class EquilibriumLM(nn.Module):
         return MambaBlock(cfg.ssm, cfg.n_heads, cfg.dropout, cfg.norm_epsilon,
                           jnp.dtype(cfg.compute_dtype), edit, parent=None)
 
-    def _tree(self, name: str, module: nn.Module) -> Any:
-        """The parameters of a layer or a cell, made where they are missing."""
-        if self.has_variable("params", name):
-            return self.get_variable("params", name)
-        return self.param(name, self._init_tree, module)
-
-    def _init_tree(self, key: Array, module: nn.Module) -> dict:
+    def _init_tree(self, key: Array, spec: str) -> dict:
         x_BTD = jnp.zeros((1, 2, self.config.d_model), self.dtype)
         positions_BT = jnp.zeros((1, 2), jnp.int32)
-        inputs = (positions_BT,) if isinstance(module, EquilibriumCell) else (None, positions_BT)
+        module, inputs = ((self.cell, (positions_BT,)) if spec == "cell" else
+                          (self._block(), (None, positions_BT)))
         params: dict = module.init(key, x_BTD, *inputs)["params"]
         return params
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from hippocampus.config import HybridConfig
 from hippocampus.data.batches import Batch
 from hippocampus.layers.edits import Edit, no_edit, scoped
-from hippocampus.layers.layer_stack import run_layers
+from hippocampus.layers.layer_stack import layer_parameters, run_layers
 from hippocampus.layers.norms import RMSNorm, rms_normalize
 from hippocampus.layers.velocity_field import VelocityField
 from hippocampus.models import gate_statistics, single_token
@@ -71,7 +71,8 @@ class HybridLM(nn.Module):
                                           (cfg.max_length, cfg.d_model))
         if not cfg.tie_embeddings:
             self.param("head", table, shape)
-        self.layer_params = [self._layer(f"layers_{i}", spec) for i, spec in enumerate(self.specs)]
+        names = [f"layers_{i}" for i in range(cfg.n_layers)]
+        self.layer_params = layer_parameters(self, names, self.specs, self._init_layer)
         self.reasoner = SegmentReasoner(cfg, self.dtype, self.edit)
         self.norm_out = RMSNorm(cfg.norm_epsilon, self.dtype)
         if self.flow_width:
@@ -271,15 +272,6 @@ class HybridLM(nn.Module):
         rows_BTE = embed(self.embedding_VE, tokens_BT).astype(self.dtype)
         x_BTE = rows_BTE * jnp.asarray(rows_BTE.shape[-1]**0.5, self.dtype)
         return self.embedding_up(x_BTE) if self.config.embedding_width else x_BTE
-
-    def _layer(self, name: str, spec: BlockSpec) -> Any:
-        """The parameters of a layer, made where they are missing.
-
-        `self.param` would trace how every layer is made, to compare shapes that the layer compares.
-        """
-        if self.has_variable("params", name):
-            return self.get_variable("params", name)
-        return self.param(name, self._init_layer, spec)
 
     def _init_layer(self, key: Array, spec: BlockSpec) -> dict:
         block = HybridBlock(self.config, spec, self.dtype, parent=None)

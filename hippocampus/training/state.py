@@ -65,9 +65,17 @@ class TrainState:
                           trees["optimizer"], progress["key"], guard, carried)
 
 
-def init_state(model: Any, optimizer: optax.GradientTransformation, config: Config) -> TrainState:
-    """The state before the first step; a pure function of `train.seed`."""
-    key_params, key_run = jax.random.split(jax.random.key(config.train.seed))
+def init_state(model: Any, optimizer: optax.GradientTransformation, config: Config,
+               key: Array | None = None) -> TrainState:
+    """The state before the first step; a pure function of `train.seed`.
+
+    Args:
+      model, optimizer, config: of the run.
+      key: the seed's key, as an input of a program: from a constant XLA would compute every
+        parameter while it compiles. None = made here.
+    """
+    key = jax.random.key(config.train.seed) if key is None else key
+    key_params, key_run = jax.random.split(key)
     params = initialise(model)(key_params)
     # A copy: the step donates its buffers, and no buffer may be donated twice.
     ema = jax.tree.map(jnp.copy, params) if config.ema.decay else {}

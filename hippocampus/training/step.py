@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
@@ -132,12 +134,15 @@ def sharded_init(model: Any, optimizer: optax.GradientTransformation, config: Co
       A function that makes it, its abstract form (shapes with shardings, for a restore), and the
       shardings.
     """
-    def make() -> TrainState:
-        return init_state(model, optimizer, config)
+    # As numpy, because every process of a run has it.
+    seed = np.asarray(jax.random.key_data(jax.random.key(config.train.seed)))
 
-    shapes = jax.eval_shape(make)
+    def make(seed: Any) -> TrainState:
+        return init_state(model, optimizer, config, jax.random.wrap_key_data(seed))
+
+    shapes = jax.eval_shape(make, seed)
     shardings = sharding.tree_shardings(mesh, shapes, config.mesh.rules).replace(
         carried=jax.tree.map(lambda a: sharding.batch_sharding(mesh, 1), shapes.carried))
     like = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
-    return jax.jit(make, out_shardings=shardings), like, shardings
+    return functools.partial(jax.jit(make, out_shardings=shardings), seed), like, shardings
