@@ -8,7 +8,8 @@
 Command:   python -m hippocampus.train --config=configs/equilibrium_shakespeare.py
 Tokens:    2,000 steps of 16 x 512 = 16.4 million characters, as configs/shakespeare.py:3.5m reads
 Hardware:  any one device; a step costs as many cells as there are sweeps, forward and backward
-Result:    not measured yet
+Result:    validation loss 1.4575 (three seeds, one H100, 17 ms a step); `explicit` 1.4624 (3 ms),
+           `untied` 1.4380 (10 ms, 11.1M parameters): docs/equilibrium.md
 Control:   `explicit` says what the iteration is worth, `untied` what tying the weights costs; all
            three read the same characters in the same order
 FLOPs:     counted for every sweep that is allowed, forward and backward (--check prints them).

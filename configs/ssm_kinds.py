@@ -11,8 +11,9 @@ token, within 0.2 %; what a scan does element by element is counted for none). T
 with the gated kind.
 
 Command:   python -m hippocampus.train --config=configs/ssm_kinds.py:s6
-Hardware:  one GPU; written for an NVIDIA H100. An associative scan of 16 states a channel (what
-           auto takes there) has arrays of 0.3 GiB a layer; not run yet
+Hardware:  one GPU; written for an NVIDIA H100
+Result:    gated 1.393, diagonal 1.400, s6 1.403, ssd 1.404 nats per character (two seeds):
+           docs/experiments.md
 """
 
 from ml_collections import ConfigDict
