@@ -39,10 +39,9 @@ def main() -> None:
     cases = [(model, length, ways) for length in given.lengths for model in given.models
              for ways in sorted({given.sequence, 1}, reverse=True)]
     with ThreadPoolExecutor(given.threads) as pool:
-        programs = [pool.submit(compiled, given, *case) for case in cases]
-        for case, program in zip(cases, programs, strict=True):
-            print(row(*case, program.result(), given.steps), flush=True)
-            program._result = None  # the next row needs its memory
+        programs = list(pool.map(lambda case: compiled(given, *case), cases))
+    for case, program in zip(cases, programs, strict=True):
+        print(row(*case, program, given.steps), flush=True)
 
 
 def parse() -> argparse.Namespace:
