@@ -123,8 +123,9 @@ class HybridConfig:
     token_noise: float = setting(0.0, "chance that training reads another row's token instead of "
                                  "its own (targets stay)", low=0, below=1)
     scan_layers: bool = setting(False, "compile runs of equal layers once (lax.scan)")
-    remat: str = setting("none", "what the backward pass recomputes: none, dots (all but matrix "
-                         "products), or full (the whole block)", choices=("none", "dots", "full"))
+    remat: str = setting("none", "what the backward pass recomputes: none, mlp (the hidden "
+                         "arrays of feed-forward parts), dots (all but matrix products), or full "
+                         "(the whole block)", choices=("none", "mlp", "dots", "full"))
     compute_dtype: str = setting("auto", "type of matrix products; parameters stay float32",
                                  choices=("auto", "float32", "bfloat16", "float16"))
     norm_epsilon: float = setting(1e-6, "added to the mean square in norms", low=1e-12,

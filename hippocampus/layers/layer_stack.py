@@ -70,7 +70,8 @@ def run_layers(
       x_BTD: residual stream; any pytree that a layer takes and gives.
       per_layer: pytree of arrays with a leading L axis; a layer gets its slice.
       scan: compile runs of equal layers once.
-      remat: "none", "dots" or "full": what the backward pass computes again.
+      remat: "none", "dots" or "full": what of a layer the backward pass computes again; "mlp" is
+        the layer's own matter.
       first: number of the first of these layers in its model, for the names.
 
     Returns:
@@ -87,7 +88,7 @@ def run_layers(
 
     for start, stop in _runs(specs, scan):
         body = body_of(specs[start])
-        if remat != "none":
+        if remat in _REMAT_POLICIES:
             body = jax.checkpoint(body, policy=_REMAT_POLICIES[remat],
                                   prevent_cse=stop - start == 1)
         own = jax.tree.map(lambda array, a=start, b=stop: array[a:b], per_layer)

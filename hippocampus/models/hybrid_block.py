@@ -130,7 +130,9 @@ class HybridBlock(nn.Module):
         dropout = Dropout(cfg.dropout, deterministic=not train)
         x_BTD = x_BTD + dropout(mixed_BTD)
         u_BTD = RMSNorm(cfg.norm_epsilon, self.dtype, name="norm_mlp")(x_BTD)
-        out["mlp.out"] = y_BTD = edit("mlp.out", MLP(cfg.mlp, self.dtype, name="mlp")(u_BTD))
+        # Its hidden arrays are the widest of the block, and cost one product to compute again.
+        mlp = nn.remat(MLP) if cfg.remat == "mlp" else MLP
+        out["mlp.out"] = y_BTD = edit("mlp.out", mlp(cfg.mlp, self.dtype, name="mlp")(u_BTD))
         out["residual"] = x_BTD = edit("residual", x_BTD + dropout(y_BTD))
         return x_BTD, out
 

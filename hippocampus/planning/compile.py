@@ -143,7 +143,7 @@ def advice(config: Config, mesh: Mesh) -> str:
     """What to change to need less memory, the cheapest first."""
     steps = []
     if config.model.remat != "full":
-        steps.append("model.remat=" + ("dots" if config.model.remat == "none" else "full"))
+        steps.append("model.remat=" + ("dots" if config.model.remat in ("none", "mlp") else "full"))
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     k = 2 * config.train.grad_accumulation
     if config.train.batch_size % (ways * k) == 0:

@@ -164,7 +164,7 @@ def loss_and_gradient(model):
 
 
 @pytest.mark.parametrize("switch", [
-    {"model.remat": "full"}, {"model.scan_layers": True},
+    {"model.remat": "full"}, {"model.remat": "mlp"}, {"model.scan_layers": True},
     {"model.scan_layers": True, "model.remat": "dots"}])
 def test_remat_and_scan_change_no_value_and_no_gradient(switch, built):
     overrides = {"model.segments.train": 1, "model.paths": ("ssm", "attention")}
