@@ -173,12 +173,15 @@ def _chunks_backward(size: int, saved: tuple,
     pairs = jnp.matmul(gn, _transpose(z)).astype(jnp.float32) * decays.pairs
     shape = (*pairs.shape[:2], B.shape[2], -1, size, size)
     dscores = pairs.reshape(shape).sum(3).astype(x.dtype)  # over the heads of each group
-    dC = _dot(dscores, Bn) + _over_heads(decays.into, gn, starts, B.shape[2])
-    dB = _dot(_transpose(dscores), Cn) + _over_heads(decays.out, z, behind, B.shape[2])
+    # What states in front of and behind a chunk give C and B, by heads: read twice, made once.
+    to_C = decays.into[..., None] * jnp.matmul(gn, _transpose(starts).astype(x.dtype))
+    to_B = decays.out[..., None] * jnp.matmul(z, _transpose(behind).astype(x.dtype))
+    dC = _dot(dscores, Bn) + _over_heads(to_C, B.shape[2])
+    dB = _dot(_transpose(dscores), Cn) + _over_heads(to_B, B.shape[2])
 
     of_pairs = jnp.tril(pairs * _of_heads(scores, x), -1)
-    of_start = decays.into * (_dot(_of_heads(Cn, x), starts.astype(x.dtype)) * gn).sum(-1)
-    of_end = decays.out * (_dot(_of_heads(Bn, x), behind.astype(x.dtype)) * z).sum(-1)
+    of_start = (to_C * _of_heads(Cn, x)).sum(-1)
+    of_end = (to_B * _of_heads(Bn, x)).sum(-1)
     ds = of_pairs.sum(-1) - of_pairs.sum(-2) + of_start - of_end
     through = of_end.sum(-1) + decays.whole * (starts * behind).sum((-1, -2))
     dlogs = _time_first(_sums(_transpose(decays.within), ds)
@@ -221,11 +224,9 @@ def _of_heads(shared: Array, x: Array) -> Array:  # B,n,G,… -> B,n,H,…
     return jnp.repeat(shared, x.shape[2] // shared.shape[2], 2)
 
 
-def _over_heads(decay: Array, v: Array, states: Array, groups: int) -> Array:
-    """The sum over heads and channels of each group of decay * v * states (B,n,G,C,N)."""
-    v, states = ((decay[..., None] * v).astype(v.dtype), states.astype(v.dtype))
-    v, states = (a.reshape(*a.shape[:2], groups, -1, *a.shape[3:]) for a in (v, states))
-    return jnp.einsum("bngrcp,bngrsp->bngcs", v, states, preferred_element_type=jnp.float32)
+def _over_heads(v: Array, groups: int) -> Array:
+    """The sum over the heads of each group (B,n,G,C,N)."""
+    return v.reshape(*v.shape[:2], groups, -1, *v.shape[3:]).sum(3)
 
 
 def _heads_first(size: int, v: Array) -> Array:  # B,(n C),H,… -> B,n,H,C,…
