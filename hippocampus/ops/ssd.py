@@ -6,10 +6,14 @@ front of the chunk:
     y_i = sum_{j <= i} exp(s_i - s_j) (C_i B_j) dt_j x_j + exp(s_i) C_i h_0
     h'  = exp(s_last) h_0 + sum_j exp(s_last - s_j) B_j (dt_j x_j)^T
 
-y is one product of [scores, exp(s) C] and [dt x; h_0], and so is the gradient of z = dt x. That of
-s is summed over pairs of different tokens. The shorter g_i y_i - z_i dz_i is the same on paper, but
-holds every token's pair with itself twice; where decays are strong nothing else is left, and what
-rounding in bfloat16 leaves of the difference can be larger than the result.
+Heads need products of their own only from token to token. What goes into states and comes out of
+them is, as a group's heads share B and C, one product for all of them: of rows of H/G P channels as
+x has them, which leaves x in its order and scales it instead of a copy of B or C for every head.
+
+The gradient of s is summed over pairs of different tokens. The shorter g_i y_i - z_i dz_i, where
+z = dt x, is the same on paper, but holds every token's pair with itself twice; where decays are
+strong nothing else is left, and what rounding in bfloat16 leaves of the difference can be larger
+than the result.
 """
 
 from __future__ import annotations
@@ -103,9 +107,10 @@ def _chunked(size: int, x: Array, dt: Array, logs: Array, B: Array, C: Array, h0
     def padded(v: Array) -> Array:  # tokens of step size 0 leave the states as they are
         return jnp.pad(v, ((0, 0), (0, -T % size)) + ((0, 0),) * (v.ndim - 2))
 
-    y, h = _chunks(size, *map(padded, (x, dt, logs, B, C)), jnp.swapaxes(h0, 2, 3),
+    grouped = h0.reshape(h0.shape[0], B.shape[2], -1, *h0.shape[2:])
+    y, h = _chunks(size, *map(padded, (x, dt, logs, B, C)), jnp.moveaxis(grouped, -1, 2),
                    None if reset is None else padded(reset))
-    return y[:, :T], jnp.swapaxes(h, 2, 3)
+    return y[:, :T], jnp.moveaxis(h, 2, -1).reshape(h0.shape)
 
 
 class _Decays(NamedTuple):
@@ -124,7 +129,7 @@ def _decays(size: int, logs: Array, reset: Array | None) -> _Decays:
         document = jnp.cumsum(reset.reshape(reset.shape[0], -1, 1, size), -1)
         within = within & (document[..., :, None] == document[..., None, :])
     # One sum over the chunk would round a document's part by what the one before it added up to.
-    s = _sums(within, _heads_first(size, logs))
+    s = _sums(within, _swap(_split(size, logs)))
     into, out = jnp.exp(s), jnp.exp(s[..., -1:] - s)
     if reset is not None:
         into = jnp.where(document == 0, into, 0.0)
@@ -149,12 +154,11 @@ def _chunks_forward(size: int, x: Array, dt: Array, logs: Array, B: Array, C: Ar
                     reset: Array | None) -> tuple[tuple[Array, Array], tuple]:
     decays = _decays(size, logs, reset)
     z, Bn, Cn, scores = _chunk_operands(size, x, dt, B, C)
-    ends = _dot(_transpose(_each_head(decays.out, Bn, x)), z)
-    starts, last = _carry(h0, decays.whole, ends)
-    y = _dot(_beside(_each_head(decays.pairs, scores, x), _each_head(decays.into, Cn, x)),
-             _above(z, starts))
-    y = _time_first(y)
-    return (y, last), (x, dt, logs, B, C, reset, starts)
+    ends = _into_states(Bn, _scaled(decays.out, z))
+    starts, last = _carry(h0, decays.whole, ends, x.dtype)
+    y = _einsum("bnhij,bnhjp->bnhip", _each_head(decays.pairs, scores, x), _swap(z))
+    y = _swap(y) + _swap(decays.into)[..., None] * _out_of_states(Cn, starts)
+    return (y.reshape(x.shape), last), (x, dt, logs, B, C, reset, starts)
 
 
 def _chunks_backward(size: int, saved: tuple,
@@ -163,33 +167,34 @@ def _chunks_backward(size: int, saved: tuple,
     g, g_last = cotangents
     decays = _decays(size, logs, reset)
     z, Bn, Cn, scores = _chunk_operands(size, x, dt, B, C)
-    gn = _heads_first(size, g.astype(x.dtype))
-    fronts = _dot(_transpose(_each_head(decays.into, Cn, x)), gn)
-    behind, dh0 = _carry(g_last, decays.whole, fronts, reverse=True)
-    dz = _time_first(_dot(
-        _beside(_transpose(_each_head(decays.pairs, scores, x)), _each_head(decays.out, Bn, x)),
-        _above(gn, behind)))
+    g = _split(size, g.astype(x.dtype))
+    g_into, z_out = _scaled(decays.into, g), _scaled(decays.out, z)
+    behind, dh0 = _carry(g_last, decays.whole, _into_states(Cn, g_into), x.dtype, reverse=True)
+    from_behind = _out_of_states(Bn, behind)
+    dz = _einsum("bnhij,bnhip->bnhjp", _each_head(decays.pairs, scores, x), _swap(g))
+    dz = _swap(dz) + _swap(decays.out)[..., None] * from_behind
 
-    pairs = jnp.matmul(gn, _transpose(z)).astype(jnp.float32) * decays.pairs
+    pairs = jnp.einsum("bnhip,bnhjp->bnhij", _swap(g), _swap(z)) * decays.pairs
     shape = (*pairs.shape[:2], B.shape[2], -1, size, size)
     dscores = pairs.reshape(shape).sum(3).astype(x.dtype)  # over the heads of each group
-    # What states in front of and behind a chunk give C and B, by heads: read twice, made once.
-    to_C = decays.into[..., None] * jnp.matmul(gn, _transpose(starts).astype(x.dtype))
-    to_B = decays.out[..., None] * jnp.matmul(z, _transpose(behind).astype(x.dtype))
-    dC = _dot(dscores, Bn) + _over_heads(to_C, B.shape[2])
-    dB = _dot(_transpose(dscores), Cn) + _over_heads(to_B, B.shape[2])
+    dC = _einsum("bngij,bnjgs->bnigs", dscores, Bn) + _over_heads(g_into, starts, Bn)
+    dB = _einsum("bngij,bnigs->bnjgs", dscores, Cn) + _over_heads(z_out, behind, Bn)
 
     of_pairs = jnp.tril(pairs * _of_heads(scores, x), -1)
-    of_start = (to_C * _of_heads(Cn, x)).sum(-1)
-    of_end = (to_B * _of_heads(Bn, x)).sum(-1)
+    of_start = decays.into * _swap((_out_of_states(Cn, starts).astype(jnp.float32) * g).sum(-1))
+    of_end = decays.out * _swap((from_behind.astype(jnp.float32) * z).sum(-1))
     ds = of_pairs.sum(-1) - of_pairs.sum(-2) + of_start - of_end
-    through = of_end.sum(-1) + decays.whole * (starts * behind).sum((-1, -2))
-    dlogs = _time_first(_sums(_transpose(decays.within), ds)
-                        + through[..., None] * decays.within[..., -1, :])
+    # XLA would make it one sum with that over channels, and copies in another order for it.
+    both = lax.optimization_barrier((starts.astype(jnp.float32) * behind).sum(3))
+    through = of_end.sum(-1) + decays.whole * both.reshape(*decays.whole.shape, -1).sum(-1)
+    dlogs = (_sums(_transpose(decays.within), ds)
+             + through[..., None] * decays.within[..., -1, :])
+    dlogs = _swap(dlogs).reshape(dt.shape)
     if reset is not None:
         dlogs = jnp.where(reset[..., None], 0.0, dlogs)
+    dz = dz.reshape(x.shape)
     return ((dz * dt[..., None]).astype(x.dtype), (dz * x).sum(-1), dlogs,
-            _time_first(dB).astype(B.dtype), _time_first(dC).astype(C.dtype), dh0, None)
+            dB.reshape(B.shape).astype(B.dtype), dC.reshape(C.shape).astype(C.dtype), dh0, None)
 
 
 _chunks.defvjp(_chunks_forward, _chunks_backward)
@@ -197,58 +202,76 @@ _chunks.defvjp(_chunks_forward, _chunks_backward)
 
 def _chunk_operands(size: int, x: Array, dt: Array, B: Array, C: Array) -> tuple[Array, ...]:
     """z = dt x, B and C of all chunks, and C B^T (B,n,G,i,j)."""
-    z = _heads_first(size, (x * dt[..., None]).astype(x.dtype))
-    Bn, Cn = (_heads_first(size, v.astype(x.dtype)) for v in (B, C))
-    return z, Bn, Cn, _dot(Cn, _transpose(Bn))
+    z, Bn, Cn = (_split(size, v.astype(x.dtype)) for v in (x * dt[..., None], B, C))
+    return z, Bn, Cn, _einsum("bnigs,bnjgs->bngij", Cn, Bn)
 
 
-def _carry(first: Array, whole: Array, ends: Array, *,
+def _carry(first: Array, whole: Array, ends: Array, dtype: jnp.dtype, *,
            reverse: bool = False) -> tuple[Array, Array]:
     """The state in front of every chunk (behind it, if reversed), and the one after all."""
     def step(h: Array, chunk: tuple[Array, Array]) -> tuple[Array, Array]:
-        return chunk[0][..., None, None] * h + chunk[1], h
+        return chunk[0] * h + chunk[1], h.astype(dtype)
 
+    whole = whole.reshape(*ends.shape[:3], 1, -1, 1)
     chunks = (jnp.swapaxes(whole, 0, 1), jnp.swapaxes(ends, 0, 1))
     last, states = lax.scan(step, first, chunks, reverse=reverse, unroll=_UNROLLED)
     return jnp.swapaxes(states, 0, 1), last
 
 
+def _into_states(shared: Array, v: Array) -> Array:
+    """Sums over tokens of shared v^T: B,n,C,G,N and B,n,C,H,P -> B,n,G,N,R,P."""
+    states = _einsum("bngcs,bngck->bngsk", _apart(_swap(shared)), _grouped(v, shared))
+    return states.reshape(*states.shape[:4], -1, v.shape[-1])
+
+
+def _out_of_states(shared: Array, states: Array) -> Array:
+    """What tokens read: B,n,C,G,N and B,n,G,N,R,P -> B,n,C,H,P."""
+    v = _swap(jnp.einsum("bngcs,bngsk->bngck", _apart(_swap(shared)), _flat(states)))
+    return v.reshape(*v.shape[:3], -1, states.shape[-1])
+
+
+def _over_heads(v: Array, states: Array, shared: Array) -> Array:
+    """Sums over channels and heads of a group: B,n,C,H,P and B,n,G,N,R,P -> B,n,C,G,N."""
+    return _swap(_einsum("bngck,bngsk->bngcs", _grouped(v, shared), _flat(states)))
+
+
+def _apart(v: Array) -> Array:
+    """v, as XLA does not know it: products that share v it makes one, and copies the results."""
+    return lax.optimization_barrier(v)
+
+
+def _grouped(v: Array, shared: Array) -> Array:  # B,n,C,H,P -> B,n,G,C,(R P)
+    return _swap(v.reshape(*shared.shape[:4], -1))
+
+
+def _flat(states: Array) -> Array:  # B,n,G,N,R,P -> B,n,G,N,(R P)
+    return states.reshape(*states.shape[:4], -1)
+
+
+def _scaled(decay: Array, v: Array) -> Array:  # B,n,H,C and B,n,C,H,P
+    return (_swap(decay)[..., None] * v).astype(v.dtype)
+
+
 def _each_head(decay: Array, shared: Array, like: Array) -> Array:
-    """What a group's heads share (B,n,G,…), times the decays of each head (B,n,H,…)."""
-    heads = _of_heads(shared, like)
-    return (decay.reshape(*decay.shape, *(1,) * (heads.ndim - decay.ndim)) * heads).astype(
-        like.dtype)
+    """What a group's heads share (B,n,G,i,j), times the decays of each head (B,n,H,i,j)."""
+    return (decay * _of_heads(shared, like)).astype(like.dtype)
 
 
 def _of_heads(shared: Array, x: Array) -> Array:  # B,n,G,… -> B,n,H,…
     return jnp.repeat(shared, x.shape[2] // shared.shape[2], 2)
 
 
-def _over_heads(v: Array, groups: int) -> Array:
-    """The sum over the heads of each group (B,n,G,C,N)."""
-    return v.reshape(*v.shape[:2], groups, -1, *v.shape[3:]).sum(3)
+def _split(size: int, v: Array) -> Array:  # B,(n C),… -> B,n,C,…
+    return v.reshape(v.shape[0], -1, size, *v.shape[2:])
 
 
-def _heads_first(size: int, v: Array) -> Array:  # B,(n C),H,… -> B,n,H,C,…
-    return jnp.swapaxes(v.reshape(v.shape[0], -1, size, *v.shape[2:]), 2, 3)
-
-
-def _time_first(v: Array) -> Array:  # B,n,H,C,… -> B,(n C),H,…
-    v = jnp.swapaxes(v, 2, 3)
-    return v.reshape(v.shape[0], -1, *v.shape[3:])
+def _swap(v: Array) -> Array:  # B,n,C,H,… <-> B,n,H,C,…
+    return jnp.swapaxes(v, 2, 3)
 
 
 def _transpose(v: Array) -> Array:
     return jnp.swapaxes(v, -1, -2)
 
 
-def _dot(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
-
-
-def _beside(a: Array, b: Array) -> Array:
-    return jnp.concatenate([a, b], -1)
-
-
-def _above(a: Array, b: Array) -> Array:
-    return jnp.concatenate([a, b.astype(a.dtype)], -2)
+def _einsum(formula: str, *arrays: Array) -> Array:
+    return jnp.einsum(formula, *arrays, preferred_element_type=jnp.float32)
