@@ -8,8 +8,8 @@ Command:   python -m hippocampus.train --config=configs/wt103_bpe.py
 Tokens:    25,000 steps of 64 x 1,024 = 1.64 billion, about 14 times the training text
 Text:      Salesforce/wikitext (raw) from the hub; a local copy: --config.data.corpus=FOLDER with
            what `save_to_disk` wrote or the parquet files of the data set
-Hardware:  TPU v3-8 as it is; v4-8 and v5litepod-16 with --config.model.scan_layers=true
-           --config.model.remat=full (compiled for, not run: docs/planning.md); one GPU of 40 GB
+Hardware:  TPU v3-8 and v4-8 as it is; four or more v5e with --config.model.scan_layers=true
+           --config.model.remat=full (compiled for, not run: docs/performance.md); one GPU of 40 GB
            or more: 369,000 tokens/s on an H100, which takes 30 GB of its memory
 Result:    not trained to the end yet; what was measured is in docs/experiments.md
 Recipe:    label smoothing off, because it lowers the likelihood that is reported; rectified flow
