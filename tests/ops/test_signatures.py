@@ -26,7 +26,7 @@ FROZEN = {
         "(weight_VD, bias_V=None, softcap=0.0, vocab_size=0, down_DE=None)",
     hopfield.retrieve:
         "(xi_BTHd, keys_BTHd, slots_SHd, beta_H, *, alpha=1.0, document_ids=None, "
-        "backend='xla')",
+        "backend='xla', scaled_BTHd=None)",
     selective_scan.selective_scan:
         "(u_BTE, delta_BTE, A_EN, B_BTN, C_BTN, D_E=None, *, h0_BEN=None, reset_BT=None, "
         "backend='chunked')",
