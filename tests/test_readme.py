@@ -33,7 +33,8 @@ def _python(arguments, folder):
     return subprocess.run(
         [sys.executable, *arguments], cwd=folder, text=True, timeout=200, capture_output=True,
         env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin",
-             "HOME": str(folder), "JAX_COMPILATION_CACHE_DIR": str(folder / "xla")})
+             "HOME": str(folder), "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
+             "XLA_FLAGS": "--xla_backend_optimization_level=0"})
 
 
 def test_the_readme_has_commands_and_python():
