@@ -71,8 +71,7 @@ def init_state(model: Any, optimizer: optax.GradientTransformation, config: Conf
 
     Args:
       model, optimizer, config: of the run.
-      key: the seed's key, as an input of a program: from a constant XLA would compute every
-        parameter while it compiles. None = made here.
+      key: the seed's key, for a program that is the same for all seeds. None = made here.
     """
     key = jax.random.key(config.train.seed) if key is None else key
     key_params, key_run = jax.random.split(key)

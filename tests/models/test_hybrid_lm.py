@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from hippocampus.config import PATHS
 from hippocampus.data.batches import Batch
+from hippocampus.layers.layer_stack import layer_parameters
 from hippocampus.models.build_model import build_model, count_parameters, parameter_shapes
 from hippocampus.models.hybrid_lm import noisy
 from hippocampus.testing import (
@@ -172,6 +174,43 @@ def test_remat_and_scan_change_no_value_and_no_gradient(switch, built):
     switched, _ = built({**overrides, **switch})
     assert_close(loss_and_gradient(switched)(params), loss_and_gradient(plain)(params),
                  n_operations=T * D * 8)
+
+
+def test_remat_of_the_mlp_costs_its_first_product_again_and_no_other(built):
+    width = 256
+
+    def flops(remat):  # of a scan's body XLA counts one turn; unrolled, a CPU's compiler undoes it
+        model, params = built({"model.segments.train": 1, "model.paths": ("attention",),
+                               "model.scan_layers": True, "model.mlp.width": width,
+                               "model.remat": remat})
+        compiled = jax.jit(loss_and_gradient(model)).lower(params).compile()
+        return compiled.cost_analysis()["flops"]
+
+    product = 2 * B * T * D * 2 * width
+    assert flops("mlp") - flops("none") == pytest.approx(product, rel=0.2)
+
+
+def test_layers_made_by_a_loop_are_those_of_module_param_bit_by_bit():
+    def init(key, spec):
+        return {"w": jax.random.normal(key, (3, spec))}
+
+    class Looped(nn.Module):
+        def setup(self):
+            self.layers = layer_parameters(self, ["a", "b", "c"], [2, 4, 2], init)
+
+        def __call__(self):
+            return self.layers
+
+    class Single(nn.Module):
+        def setup(self):
+            self.layers = [self.param(n, init, s) for n, s in zip("abc", [2, 4, 2], strict=True)]
+
+        def __call__(self):
+            return self.layers
+
+    looped, single = (kind().init(jax.random.key(3))["params"] for kind in (Looped, Single))
+    assert_same(looped, single)
+    assert Looped().apply({"params": looped})[2]["w"] is looped["c"]["w"]
 
 
 def test_scanned_and_unrolled_models_start_with_the_same_bits(built):
