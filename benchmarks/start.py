@@ -1,6 +1,6 @@
 """Seconds from the command to the end of the first training step: the first start and later ones.
 
-    python benchmarks/start.py --config=configs/wt103_bpe.py --config.train.grad_accumulation=2
+    python benchmarks/start.py --config=configs/wt103_bpe.py
 
 Starts `python -m hippocampus.train` in a new run folder, with a folder for compiled programs that
 is empty at first, and ends it when its first step is printed. What JAX traced, lowered, compiled or

@@ -46,6 +46,17 @@ def use_compilation_cache() -> Path | None:
     return folder
 
 
+def private_folder() -> Path | None:
+    """The folder in use, if it is a local one that nobody else can write to; else None."""
+    import jax
+
+    used = getattr(jax.config, "jax_compilation_cache_dir", None)
+    if not used or "://" in used:
+        return None
+    folder = Path(used)
+    return None if _make_private(folder) else folder
+
+
 def _make_private(folder: Path) -> str:
     """Makes the folder, and says why it must not be used; "" if it may."""
     try:

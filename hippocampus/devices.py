@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib
 import re
 from dataclasses import dataclass
 
@@ -172,10 +174,23 @@ def resolve(config: Config, device: Device | None = None,
     decided = tuple(name for name in best if known[name] == "auto" or name in automatic)
     config = with_fields(config, {name: best[name] for name in decided})
     _check_backends(config, device, choice.attention)
+    if device.platform != "cpu" or "pallas" in (fields(config)[name] for name in scans):
+        _import_kernels()
     if "model.max_length" in known:
         length = known["model.max_length"] or config.data.context
         config = with_fields(config, {"model.max_length": length})
     return config, decided
+
+
+def _import_kernels() -> None:
+    """Imports what kernels are written in, before anything that calls them is traced.
+
+    It brings settings of its own to JAX. Imported in the middle of a trace it would make the
+    second call of that program another program, which is traced and compiled again.
+    """
+    for name in ("pallas", "pallas.tpu", "pallas.mosaic_gpu", "pallas.fuser"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(f"jax.experimental.{name}")
 
 
 def scan_backend(kind: str, device: Device, choice: Choice) -> str:

@@ -2,6 +2,9 @@
 
 import dataclasses
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +21,7 @@ from hippocampus.devices import (
 )
 from hippocampus.errors import ConfigError
 
+ROOT = Path(__file__).resolve().parents[1]
 CPU = Device("cpu", "cpu")
 T4 = Device("gpu", "Tesla T4", 7.5)
 A100 = Device("gpu", "NVIDIA A100-SXM4-40GB", 8.0)
@@ -190,3 +194,39 @@ def test_deterministic_gpu_runs_need_the_flag_before_jax_starts(monkeypatch):
     assert os.environ["XLA_FLAGS"].split() == [
         "--xla_dump_disable_metadata=true", "--xla_gpu_deterministic_ops=true"]
     check_deterministic(config)
+
+
+TRACE = """import sys
+import jax
+import numpy as np
+from hippocampus.config_files import load_config
+from hippocampus.data.batches import Batch
+from hippocampus.devices import Device, portable, resolve
+from hippocampus.models.build_model import FAMILIES
+from hippocampus.training.optimizer import build_optimizer
+from hippocampus.training.state import init_state
+from hippocampus.training.step import train_step
+
+config, _ = resolve(load_config(sys.argv[1], {
+    "model.n_layers": "1", "model.d_model": "128", "model.n_heads": "2", "model.vocab_size": "64",
+    "data.context": "256", "train.batch_size": "2"}), Device(*eval(sys.argv[2])))
+assert config.model.ssm.backend == "pallas"
+config = portable(config)
+before = set(sys.modules)
+model, optimizer = FAMILIES["hybrid"](config), build_optimizer(config.optimizer, 2)
+ids = np.zeros((2, 256), np.int32)
+batch = Batch(ids, ids, np.ones((2, 256), np.float32))
+state = jax.eval_shape(lambda: init_state(model, optimizer, config))
+jax.eval_shape(train_step(model, optimizer, config), state, batch)
+print(*sorted(name for name in set(sys.modules) - before if "pallas" in name), sep="\\n")
+"""
+
+
+@pytest.mark.parametrize("device", [H100, V5E], ids=lambda device: device.platform)
+def test_no_kernel_language_is_imported_while_a_step_is_traced(device):
+    # An import brings JAX new settings: the step's second call would be compiled once more.
+    done = subprocess.run(
+        [sys.executable, "-c", TRACE, str(ROOT / "configs/quickstart.py"),
+         repr(dataclasses.astuple(device))], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout.split()

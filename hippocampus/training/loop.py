@@ -41,6 +41,7 @@ from hippocampus.training.clock import Clock, summary
 from hippocampus.training.console import RunConsole
 from hippocampus.training.data import read_data, with_steps
 from hippocampus.training.guard import released, statistics_of, zeros_like
+from hippocampus.training.kept_step import KeptStep, kept_step, waits_for
 from hippocampus.training.optimizer import build_optimizer
 from hippocampus.training.report import conclude, greet
 from hippocampus.training.resume import check_resumable
@@ -103,6 +104,7 @@ class _Job:
     checkpoints: Checkpoints
     stop: StopSignal
     watcher: StepWatcher | None
+    kept: KeptStep | None
 
 
 def _fit(config: Config, workdir: str | Path | None, allow_changes: Collection[str],
@@ -125,6 +127,7 @@ def _fit(config: Config, workdir: str | Path | None, allow_changes: Collection[s
     config = with_steps(dataclasses.replace(config, model=dataclasses.replace(
         config.model, vocab_size=data.tokenizer.vocab_size)), data)
     config, automatic = resolve(config)
+    kept = None if watcher else kept_step(config, mesh)  # which reads while the rest is made
     model = build_model(config)
 
     console = RunConsole(config.train.steps, quiet=not first)
@@ -136,8 +139,8 @@ def _fit(config: Config, workdir: str | Path | None, allow_changes: Collection[s
         greet(console, config, folder, data, model)
         with Checkpoints(folder.steps, config.checkpoint, console.say,
                          run_file=folder.config) as checkpoints:
-            job = _Job(config, folder, data, model, mesh, console, checkpoints, stop, watcher)
-            trained = _train(job, started)
+            trained = _train(_Job(config, folder, data, model, mesh, console, checkpoints, stop,
+                                  watcher, kept), started)
             stop.all_saved()
             if trained or not distributed.from_first(folder.results.exists()):
                 conclude(console, config, folder, data, model, mesh, checkpoints, stop)
@@ -178,7 +181,11 @@ def _train(job: _Job, started: float) -> bool:
     config, console = job.config, job.console
     optimizer = build_optimizer(config.optimizer, config.train.steps)
     first_state, like, shardings = sharded_init(job.model, optimizer, config, job.mesh)
-    step_function = jit_train_step(train_step(job.model, optimizer, config), job.mesh, shardings)
+    step = train_step(job.model, optimizer, config)
+    step_function = jit_train_step(step, job.mesh, shardings)
+    if job.kept is not None:
+        step_function = job.kept.around(step_function,
+                                        jit_train_step(step, job.mesh, shardings, True))
     rollbacks = Rollbacks.read(job.folder.rollbacks)
 
     def restore(before: int | None = None) -> tuple[int, Callable[[], TrainState]]:
@@ -259,7 +266,7 @@ def _loop(run: Run, state: TrainState, done: int, rollbacks: Rollbacks) -> None:
     rows = sharding.process_rows(run.mesh, run.config.train.batch_size)
     steps = run.config.train.steps
     if done < steps:
-        run.console.say("compiling the training step (10 to 60 seconds, once) …")
+        run.console.say(waits_for(run.step_function))
     with contextlib.closing(prefetch(run.source, done, steps, rows)) as batches:
         for step in range(done, steps):
             with run.clock.during("data"):

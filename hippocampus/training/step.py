@@ -118,12 +118,22 @@ def updates_done(state: TrainState) -> Int[Array, ""]:
     return counts[0][1] if counts else state.step
 
 
-def jit_train_step(step: TrainStep, mesh: Mesh, state_shardings: Any) -> TrainStep:
-    """The step compiled for a mesh; the old state's buffers become the new state's."""
+def jit_train_step(step: TrainStep, mesh: Mesh, state_shardings: Any,
+                   nested: bool = False) -> TrainStep:
+    """The step compiled for a mesh; the old state's buffers become the new state's.
+
+    Args:
+      step: a pure function.
+      mesh: of the devices that it runs on.
+      state_shardings: where the new state lies.
+      nested: as a part of another program, to which buffers and the compiler's options belong.
+    """
+    place = functools.partial(jax.jit, sharding.on_mesh(step, mesh),
+                              out_shardings=(state_shardings, sharding.replicated(mesh)))
+    if nested:
+        return place()
     options = xla_flags.compiler_options(mesh.devices.flat[0].platform, mesh.size)
-    return jax.jit(sharding.on_mesh(step, mesh), donate_argnums=0,
-                   out_shardings=(state_shardings, sharding.replicated(mesh)),
-                   compiler_options=options or None)
+    return place(donate_argnums=0, compiler_options=options or None)
 
 
 def sharded_init(model: Any, optimizer: optax.GradientTransformation, config: Config,

@@ -82,7 +82,9 @@ class Killer:
         started = start(tiny_run.slowly(self.command, self.pause))
         try:
             self._wait(where, started)
-            assert started.process.poll() is None, "".join(started.lines)
+            assert started.process.poll() is None
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{''.join(started.lines)}") from None
         finally:
             started.process.kill()
             started.process.wait()
@@ -94,9 +96,13 @@ class Killer:
             time.sleep(self.draw.uniform(0.1, 3))
             return
         if where == "save":
-            saves = self.draw.choice((1, 2))
+            saves, before = self.draw.choice((1, 2)), unfinished(self.workdir)
             tiny_run.wait_for(lambda: started.begun() >= saves, started.process)
-            time.sleep(self.draw.uniform(0.1, 0.85) * self.save_seconds)
+            # On a busy machine a save begins later than it says: wait until some of it is there.
+            end = time.monotonic() + 2
+            while not unfinished(self.workdir) - before and time.monotonic() < end:
+                time.sleep(0.001)
+            time.sleep(self.draw.uniform(0, 0.6) * self.save_seconds)
             return
         tiny_run.wait_for(lambda: any(line.startswith("step ") for line in started.lines),
                           started.process)

@@ -1,0 +1,254 @@
+"""The training step is kept as XLA reads it, so that a later start does not trace it again.
+
+JAX's cache (hippocampus.compilation_cache) is asked for a program only after it has been traced and
+lowered, which takes 12 s for the main model. Here a file holds the lowered step (jax.export) under
+a digest of all that a trace can depend on: the config, this package's code and every other module
+that does not lie with the installed ones, the versions of those, JAX's settings, the mesh and the
+devices. Reading and compiling it begins beside everything else that a start does. What does not
+fit, is damaged or cannot be read is as if it were not there: the step is traced, and kept for the
+next start.
+
+What lies in the folder is run, so it is used only where it is the user's alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator
+from concurrent.futures import Future
+from importlib import metadata
+from pathlib import Path
+from threading import Thread
+from types import ModuleType
+from typing import Any
+
+import jax
+import xxhash
+from jax import export
+from jax.sharding import Mesh
+
+from hippocampus import xla_flags
+from hippocampus.compilation_cache import private_folder
+from hippocampus.config import Config
+from hippocampus.config_files import to_json
+from hippocampus.data.batches import Batch
+from hippocampus.files import write_atomically
+from hippocampus.training import sharding
+from hippocampus.training.state import TrainState
+from hippocampus.training.step import Metrics, TrainStep
+
+KEPT = 8
+"""Files; those used last."""
+
+_CHECKS = [export.DisabledSafetyCheck.custom_call(name) for name in (
+    "mosaic_gpu_v2", "mosaic_gpu", "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward",
+    "__cudnn$fmhaSoftmaxDropout", "__cudnn$fmhaSoftmaxDropoutBackward")]
+"""Kernels that JAX does not promise to keep for later versions: a version is part of the name."""
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_VARIABLES = ("CUDA_", "HIPPOCAMPUS_", "JAX_", "LIBTPU_", "NVIDIA_", "TF_", "TPU_", "XLA_")
+_INSTALLED = {"site-packages", "dist-packages"}
+_NOT_ABOUT_PROGRAMS = ("HIPPOCAMPUS_CACHE", "HIPPOCAMPUS_COMPILATION_CACHE",
+                       "JAX_COMPILATION_CACHE_DIR")
+
+
+def kept_step(config: Config, mesh: Mesh) -> KeptStep | None:
+    """The step of an earlier start with the same config, code and devices, or a place for it.
+
+    Args:
+      config: resolved; with the rest of the process it says what the step computes.
+      mesh: that it runs on.
+
+    Returns:
+      None where nothing can be kept: with several processes, without a folder for compiled
+      programs, or in a notebook, a test or a shell, where code need not lie in files.
+    """
+    folder = private_folder()
+    code = _digest_of_code()
+    if folder is None or code is None or jax.process_count() > 1:
+        return None
+    parts = {"code": code, "config": to_json(config, ()), "devices": _about(mesh),
+             "settings": {name: str(value) for name, value in sorted(jax.config.values.items())
+                          if "cache" not in name},
+             "variables": {name: value for name, value in sorted(os.environ.items())
+                           if name.startswith(_VARIABLES) and name not in _NOT_ABOUT_PROGRAMS}}
+    name = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return KeptStep(folder / "steps" / name, mesh)
+
+
+class KeptStep:
+    """A training step whose lowered form is read from a file, or written there at its first call.
+
+    Attributes:
+      is_there: whether an earlier start has kept it.
+    """
+
+    def __init__(self, path: Path, mesh: Mesh):
+        """Begins to read the file, and to compile what is in it.
+
+        Args:
+          path: the file.
+          mesh: of the devices that the step runs on.
+        """
+        self._path, self._mesh = path, mesh
+        self._program: Any = None
+        self._reading: Future = Future()
+        self.is_there = path.is_file()
+        # No daemon: Python must not end while a compiler's thread still runs.
+        Thread(target=self._read, name="reads the step").start()
+
+    def around(self, step: TrainStep, part: TrainStep) -> KeptStep:
+        """Itself, to be called like the step.
+
+        Args:
+          step: jitted, as it runs where it cannot be kept.
+          part: the same as a part of another program.
+        """
+        self._step, self._part = step, part
+        return self
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """Runs the step."""
+        if self._program is None:
+            self._program = self._find(state, batch) or self._trace(state, batch)
+        result: tuple[TrainState, Metrics] = self._program(state, batch)
+        return result
+
+    def _read(self) -> None:
+        """Gives the header and the compiled program, or None."""
+        found = None
+        with contextlib.suppress(Exception):  # whatever it is, the step can be traced
+            first, _, payload = self._path.read_bytes().partition(b"\n")
+            header = json.loads(first)
+            if header["digest"] == xxhash.xxh3_64_hexdigest(payload):
+                found = header, self._compile(export.deserialize(bytearray(payload)),
+                                              header["donated"])
+                os.utime(self._path)
+        self._reading.set_result(found)
+
+    def _find(self, state: TrainState, batch: Batch) -> Any:
+        found = self._reading.result()
+        if found is None or found[0]["arguments"] != _signature(state, batch):
+            return None
+        header, program = found
+        return _with_trees(program, jax.tree.structure(
+            (state, dict.fromkeys(header["metrics"], 0))))
+
+    def _trace(self, state: TrainState, batch: Batch) -> Any:
+        """Traces, writes what comes out and compiles it; or lets JAX do all, as always."""
+        leaves, tree = jax.tree.flatten((state, batch))
+        donated = len(jax.tree.leaves(state))
+        results: list[Any] = []
+
+        def step(*leaves: Any) -> list[Any]:
+            out, structure = jax.tree.flatten(self._part(*jax.tree.unflatten(tree, leaves)))
+            results[:] = [structure]
+            return out
+
+        try:
+            exported = export.export(jax.jit(step, donate_argnums=range(donated)),
+                                     disabled_checks=_CHECKS)(*leaves)
+            metrics = list(jax.tree.unflatten(results[0], exported.out_avals)[1])
+            payload = bytes(exported.serialize())
+        except Exception:  # some programs have no such form
+            return self._step
+        header = {"digest": xxhash.xxh3_64_hexdigest(payload), "donated": donated,
+                  "arguments": _signature(state, batch), "metrics": metrics}
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(mode=0o700, exist_ok=True)
+            write_atomically(self._path, json.dumps(header).encode() + b"\n" + payload)
+            _drop_old(self._path.parent)
+        return _with_trees(self._compile(exported, donated), results[0])
+
+    def _compile(self, exported: export.Exported, donated: int) -> Any:
+        devices = list(self._mesh.devices.flat)
+        options = xla_flags.compiler_options(devices[0].platform, len(devices))
+        whole = sharding.replicated(self._mesh)
+        arguments = [jax.ShapeDtypeStruct(  # of a key, JAX gives the sharding of its numbers
+            aval.shape, aval.dtype, sharding=found if aval.ndim else whole)
+            for aval, found in zip(exported.in_avals, exported.in_shardings_jax(self._mesh),
+                                   strict=True)]
+        return jax.jit(exported.call, donate_argnums=range(donated),
+                       compiler_options=options or None).lower(*arguments).compile()
+
+
+def waits_for(step: TrainStep) -> str:
+    """What a run says before its first step."""
+    if isinstance(step, KeptStep) and step.is_there:
+        return "reading the training step, which was compiled before …"
+    return "compiling the training step (10 to 60 seconds, once) …"
+
+
+def _with_trees(program: Any, results: Any) -> TrainStep:
+    """A program of leaves as a function of trees."""
+    def run(state: TrainState, batch: Batch) -> Any:
+        return jax.tree.unflatten(results, program(*jax.tree.leaves((state, batch))))
+
+    return run
+
+
+def _drop_old(folder: Path) -> None:
+    files = sorted(folder.glob("[0-9a-f]*"), key=lambda file: file.stat().st_mtime)
+    for old in files[:-KEPT]:
+        old.unlink(missing_ok=True)
+
+
+def _signature(state: TrainState, batch: Batch) -> str:
+    """A digest of the names, shapes and types of all arguments."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path((state, batch))
+    text = "\n".join(f"{jax.tree_util.keystr(path)} {leaf.aval}" for path, leaf in leaves)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _about(mesh: Mesh) -> list[str]:
+    """Names of the mesh's axes, its devices in order, and the compiler behind them."""
+    devices = list(mesh.devices.flat)
+    return [str(mesh.shape), *(f"{device.id} {device.device_kind}" for device in devices),
+            devices[0].client.platform_version]
+
+
+def _digest_of_code() -> str | None:
+    """Of all code that a trace may run; None where some of it lies in no file."""
+    main = sys.modules["__main__"]
+    given = sys.orig_argv[:sys.orig_argv.index("-c") + 2] if "-c" in sys.orig_argv else []
+    file = _file(main)
+    if not given and (file is None or not _is_known(file)):
+        return None
+    digest = hashlib.sha256("\0".join(given).encode())
+    for path in sorted(set(_own_code())):
+        digest.update(f"{path}\0".encode() + path.read_bytes())
+    for name in sorted({f"{one.name} {one.version}" for one in metadata.distributions()}):
+        digest.update(name.encode())
+    digest.update(sys.version.encode())
+    return digest.hexdigest()
+
+
+def _own_code() -> Iterator[Path]:
+    """This package's files, imported or not, and those of every other module of the user's."""
+    yield from _PACKAGE.rglob("*.py")
+    for module in list(sys.modules.values()):
+        path = _file(module)
+        if path is not None and not _is_installed(path) and path.is_file():
+            yield path
+
+
+def _file(module: ModuleType) -> Path | None:
+    name = getattr(module, "__file__", None)
+    return Path(name).resolve() if isinstance(name, str) else None
+
+
+def _is_known(path: Path) -> bool:
+    """Whether the digest covers a program: a verb of this package, or a script of the user's."""
+    return path.is_relative_to(_PACKAGE) or not _is_installed(path)
+
+
+def _is_installed(path: Path) -> bool:
+    """Whether a version number stands for a file: it came with Python or a package."""
+    return not _INSTALLED.isdisjoint(path.parts) or any(
+        path.is_relative_to(Path(sysconfig.get_path(name)).resolve())
+        for name in ("stdlib", "platstdlib", "purelib", "platlib"))
