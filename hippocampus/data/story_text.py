@@ -45,6 +45,7 @@ def clean_text(text: str) -> str:
         text = html.unescape(text).replace("\xa0", " ")
     starts = [match.end() for match in _BOOK_STARTS.finditer(text, 0, len(text) // 2)]
     text = text[starts[-1]:] if starts else text
-    if end := _BOOK_ENDS.search(text, len(text) // 2):
+    # A text that is no book may speak of one.
+    if end := _BOOK_ENDS.search(text, 0 if starts else len(text) // 2):
         text = text[:end.start()]
     return _BLANK_LINES.sub("\n\n", _LINE_TAIL.sub("", text)).strip()
