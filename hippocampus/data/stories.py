@@ -2,7 +2,7 @@
 
 A source is NarrativeQA (a hub id, a folder or file of parquet or jsonl, one row per question) or
 FairytaleQA (jsonl, one line per story); which of the two is told by the fields. Questions come
-grouped by story, and texts as they are asked for: no more than a few are in memory at a time.
+grouped by story, and texts as they are asked for, a few at a time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The forms that stories come in, told by their fields: `Story`, `Question`, `form_of`.
 
 NarrativeQA has a row for every question, which repeats the whole document; FairytaleQA one for
-every story. Of either, no more than a few texts are in memory at a time.
+every story. Of either, texts are read a few at a time.
 """
 
 from __future__ import annotations

@@ -184,25 +184,36 @@ def tokenize_questions(
         end_id: what every answer ends with; None: nothing.
 
     Returns:
-        As many as there are questions, in their order. What looks like a special token in a
-        question or an answer is text.
+        As many as there are questions, in their order. An answer has the ids that it has behind
+        its prompt. What looks like a special token in a question or an answer is text.
 
     Raises:
         DataError: a text has a character that the tokenizer lacks.
     """
-    texts = [text for asked in questions for one in asked
-             for text in (template.prompt(one.text), *map(template.reply, one.answers))]
-    # Neither start nor end of a document: the tokenizer adds nothing.
-    encoded = iter(tokenizer.encode_pieces([Piece(text, False, False) for text in texts]))
-    begin, end = ([] if one is None else [one] for one in (begin_id, end_id))
+    prompts = [template.prompt(one.text) for asked in questions for one in asked]
+    replies = [[template.reply(answer) for answer in one.answers]
+               for asked in questions for one in asked]
+    prompt_ids = _encode(tokenizer, prompts)
+    wholes = iter(_encode(tokenizer, [prompt + reply for prompt, texts in zip(
+        prompts, replies, strict=True) for reply in texts]))
+    begin, end = (np.array([] if one is None else [one], np.int32) for one in (begin_id, end_id))
 
-    def ids(*parts: Any) -> np.ndarray:
-        return np.concatenate(parts).astype(np.int32)
+    def answer(prompt: np.ndarray, reply: str) -> np.ndarray:
+        # Alone, it may be encoded otherwise: some tokenizers put a space in front of every text.
+        whole = next(wholes)
+        joins = len(whole) < len(prompt) or (whole[: len(prompt)] != prompt).any()
+        ids = _encode(tokenizer, [reply])[0] if joins else whole[len(prompt):]
+        return np.concatenate((ids, end))
 
-    return tuple(tuple(
-        QuestionTokens(ids(begin, next(encoded)),
-                       tuple(ids(next(encoded), end) for _ in one.answers))
-        for one in asked) for asked in questions)
+    flat = iter([QuestionTokens(np.concatenate((begin, ids)),
+                                tuple(answer(ids, reply) for reply in texts))
+                 for ids, texts in zip(prompt_ids, replies, strict=True)])
+    return tuple(tuple(next(flat) for _ in asked) for asked in questions)
+
+
+def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    """Ids of texts that neither begin nor end a document: nothing is added."""
+    return tokenizer.encode_pieces([Piece(text, False, False) for text in texts])
 
 
 def _cut(name: str, ids: np.ndarray, chunk: int) -> StoryTokens:

@@ -8,7 +8,7 @@ import story_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as LibraryTokenizer
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from hippocampus.data import story_tokens
 from hippocampus.data.cache import cache_path
@@ -154,6 +154,27 @@ def test_questions_are_prompt_and_every_answer_between_begin_and_end(begin, end)
     assert (one.answers[1] == 256).sum() == len(behind)
     assert one.length == len(one.prompt) + len(one.answers[1])
     assert one.prompt.dtype == one.answers[0].dtype == np.int32
+
+
+def test_an_answer_has_the_ids_that_it_has_behind_its_prompt():
+    # As SentencePiece: a space in front of every text, so that " Ann" alone would have two.
+    letters = sorted(set("_Question:Who?\nAnswer"))
+    library = LibraryTokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+    library.normalizer = normalizers.Sequence([normalizers.Prepend("_"),
+                                               normalizers.Replace(" ", "_")])
+    found = tokenize_questions(((Question("Who?", ("Ann",)),),), Tokenizer(library.to_str()),
+                               TEMPLATE, begin_id=None, end_id=None)[0][0]
+    written = ["".join(letters[i] for i in ids) for ids in (found.prompt, *found.answers)]
+    assert written == ["_Question:_Who?\nAnswer:", "_Ann\n"]
+
+
+def test_an_answer_that_would_merge_with_its_prompt_stands_alone():
+    letters = ["q", "=", "a", "=a"]
+    library = LibraryTokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)},
+                                          merges=[("=", "a")]))
+    found = tokenize_questions(((Question("q", ("a",)),),), Tokenizer(library.to_str()),
+                               Template("{question}={answer}"), begin_id=None, end_id=None)[0][0]
+    assert (found.prompt.tolist(), found.answers[0].tolist()) == ([0, 1], [2])
 
 
 def test_a_chunk_needs_a_token():
