@@ -71,6 +71,46 @@ class Table:
                     "repair the data set",
                 ) from None
 
+    def columns(self, split: str) -> tuple[str, ...]:
+        """Names of the columns of a split; DataError where there is no such split."""
+        dataset = self.open(split)
+        with _translated(self.name):
+            return tuple(dataset.column_names or next(iter(dataset), {}))
+
+    def records(self, split: str, fields: Sequence[str], rows_per_read: int = ROWS_PER_READ
+                ) -> Iterator[tuple[Any, ...]]:
+        """Yield some fields of every row; dots lead into a struct, and the rest is not decoded.
+
+        Raises:
+            DataError: there is no such split or field.
+        """
+        import pyarrow.compute
+
+        dataset = self.open(split)
+        with _translated(self.name):
+            if dataset.column_names is not None:
+                whole = dict.fromkeys(field.partition(".")[0] for field in fields)
+                nested = isinstance(dataset, _ParquetFiles)
+                dataset = dataset.select_columns(list(fields if nested else whole))
+            batches = iter(dataset.with_format("arrow").iter(batch_size=rows_per_read))
+        while True:
+            with _translated(self.name):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            found = []
+            for field in fields:
+                column, *inner = field.split(".")
+                _check_column(self.name, column, batch.column_names)
+                try:
+                    values = batch.column(column)
+                    found.append((pyarrow.compute.struct_field(values, inner) if inner
+                                  else values).to_pylist())
+                except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+                    raise DataError(f"data.corpus: {self.name} has no text in {field!r} ({error})",
+                                    "is it the data set that was meant?") from None
+            yield from zip(*found, strict=True)
+
     def _batches(self, split: str, column: str) -> Iterator[Any]:
         """Arrow tables of the one column."""
         dataset = self.open(split)
