@@ -15,7 +15,7 @@ and again could grow without end, so these two keep a value within `LARGEST_VALU
 
 Source: ring, Wu et al. 2022 (arXiv:2203.08913); gated, Graves et al. 2014 (arXiv:1410.5401),
 equations 3-4; delta, Schlag et al. 2021 (arXiv:2102.11174), and with decay Yang et al. 2024
-(arXiv:2412.06464); consolidate, He et al. 2024 (arXiv:2402.13449), who replace by age alone.
+(arXiv:2412.06464); consolidate, after He et al. 2024 (arXiv:2402.13449).
 """
 
 from __future__ import annotations

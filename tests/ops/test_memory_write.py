@@ -33,9 +33,14 @@ def entries(rng, m, *, of=None, users=B):
 
 
 @functools.partial(jax.jit, static_argnames=("strategy", "eta", "decay", "similarity"))
-def run(state, new, strategy, eta=0.7, decay=0.03, similarity=0.9):
-    return write(state, new, strategy, beta_H=jnp.asarray(BETA), similarity=similarity, eta=eta,
+def run(state, new, strategy, eta=0.7, decay=0.03, similarity=0.9, beta=BETA):
+    return write(state, new, strategy, beta_H=jnp.asarray(beta), similarity=similarity, eta=eta,
                  decay=decay)
+
+
+def run_sharply(state, new, strategy):
+    """With all weight on the slot that the key is."""
+    return run(state, new, strategy, eta=1.0, decay=0.0, beta=np.full(H, 200.0, np.float32))
 
 
 # ---------------------------------------------------------------- the reference
@@ -176,22 +181,22 @@ def test_ring_overwrites_the_oldest_and_nothing_else():
 def test_delta_of_rate_one_stores_the_value_where_the_key_is_a_slot_s():
     first, second = orthogonal(4), orthogonal(4)
     second = second._replace(value_BmHd=second.value_BmHd[:, ::-1] * 0.5)
-    state = write(empty_state(B, S, H, d, n), first, "delta", beta_H=jnp.full(H, 200.0))
+    state = run_sharply(empty_state(B, S, H, d, n), first, "delta")
     np.testing.assert_array_equal(state.values_BSHd[:, :4], first.value_BmHd)
-    state = write(state, second, "delta", beta_H=jnp.full(H, 200.0))
+    state = run_sharply(state, second, "delta")
     np.testing.assert_allclose(state.values_BSHd[:, :4], second.value_BmHd, atol=1e-6)
     assert not np.asarray(state.valid_BS[:, 4]).any()
 
 
 def test_gated_with_open_gates_replaces_and_with_closed_ones_changes_nothing():
-    new, beta = orthogonal(4), jnp.full(H, 200.0)
-    state = write(empty_state(B, S, H, d, n), new, "gated", beta_H=beta)
+    new = orthogonal(4)
+    state = run_sharply(empty_state(B, S, H, d, n), new, "gated")
     other = new._replace(value_BmHd=-new.value_BmHd, gate_Bm=np.ones((B, 4), np.float32),
                          erase_BmHd=np.ones_like(new.erase_BmHd))
-    after = write(state, other, "gated", beta_H=beta)
+    after = run_sharply(state, other, "gated")
     np.testing.assert_allclose(after.values_BSHd[:, :4], other.value_BmHd, atol=1e-6)
     shut = other._replace(gate_Bm=np.zeros((B, 4), np.float32))
-    np.testing.assert_array_equal(write(after, shut, "gated", beta_H=beta).values_BSHd,
+    np.testing.assert_array_equal(run_sharply(after, shut, "gated").values_BSHd,
                                   after.values_BSHd)
 
 
@@ -223,6 +228,11 @@ def test_a_row_without_entries_keeps_every_bit_and_rows_do_not_mix(strategy):
     for name, value in after.arrays().items():
         np.testing.assert_array_equal(value[0], getattr(state, name)[0], err_msg=name)
     assert int(after.writes_B[1]) == int(state.writes_B[1]) + 4
+    others = Entries(*(part if part is None else np.concatenate([part[1:], part[1:]])
+                       for part in silent))
+    beside = run(take_users(state, [1, 1]), others, strategy)  # another neighbour
+    for name, value in beside.arrays().items():
+        np.testing.assert_array_equal(value[1], getattr(after, name)[1], err_msg=name)
     swapped = run(take_users(state, [1, 0]), Entries(*(part[::-1] for part in silent)), strategy)
     for name, value in take_users(swapped, [1, 0]).arrays().items():
         np.testing.assert_array_equal(value, getattr(after, name), err_msg=name)
