@@ -91,7 +91,8 @@ class Linear(nn.Dense):
         y: Array = super().__call__(inputs)
         if not self.has_variable("params", A):
             return y
-        a, b = (self.get_variable("params", name).astype(y.dtype) for name in (A, B))
+        a: Array = self.get_variable("params", A).astype(y.dtype)
+        b: Array = self.get_variable("params", B).astype(y.dtype)
         x = inputs.astype(y.dtype)
         if train and self.has_variable("params", DROPOUT) and self.has_rng("dropout"):
             x = drop(x, self.get_variable("params", DROPOUT), self.make_rng("dropout"))
