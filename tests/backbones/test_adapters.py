@@ -139,6 +139,27 @@ def test_dropout_is_on_while_training_alone(backbone_of, ids):
     assert len(set(changes)) == len(targets)
 
 
+def test_every_layer_drops_as_often_as_asked_and_for_itself(backbone_of, ids):
+    """With W = 0 and A = B = 1 a query that is not rotated is what was left of the input."""
+    model, params = backbone_of("llama").model, backbone_of("llama").params
+    lora = LoRA(48, 48.0, dropout=0.3, targets=("layers_*.attention.query",))
+    adapters = jax.tree.map(lambda leaf: jnp.eye(*leaf.shape), init_adapters(
+        jax.random.key(0), params, lora))
+    tree = unflatten_dict({
+        path: 0 * leaf if path[-2:] == ("query", "kernel") else leaf
+        for path, leaf in flatten_dict(with_adapters(params, adapters, lora)).items()})
+    batch = batch_of(ids).replace(positions_BT=jnp.zeros_like(ids))
+    _, out, _ = jax.jit(lambda key: model.apply(
+        {"params": tree}, batch, train=True, rngs={"dropout": key}, method="forward"))(
+            jax.random.key(1))
+    dropped = [np.asarray(out[f"layers.{i}.attention.query"]) == 0 for i in (0, 1)]
+    n = dropped[0].size
+    for one in dropped:
+        assert abs(one.mean() - 0.3) < 5 * (0.3 * 0.7 / n) ** 0.5
+    together = (dropped[0] & dropped[1]).mean()
+    assert abs(together - 0.09) < 5 * (0.09 * 0.91 / n) ** 0.5
+
+
 def test_dropout_without_a_random_stream_is_an_error(backbone_of, ids):
     lora = LoRA(2, dropout=0.1)
     model, params = backbone_of("llama").model, backbone_of("llama").params

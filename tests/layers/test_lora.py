@@ -142,6 +142,33 @@ def test_gradients_go_to_adapters_and_are_those_of_the_merged_model(params, x):
     assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(found))
 
 
+def test_a_step_changes_adapters_alone_and_learns(params, x):
+    """The optimizer has moments of what is trained, and of nothing else."""
+    import optax
+
+    optimizer, adapters = optax.adam(3e-2), init_adapters(jax.random.key(0), params, EVERY)
+    wanted = Two().apply({"params": with_adapters(params, trained(adapters), EVERY)}, x)
+    state = optimizer.init(adapters)
+    sizes = sum(leaf.size for leaf in jax.tree.leaves(adapters))
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) == 2 * sizes + 1
+
+    @jax.jit
+    def step(adapters, state):
+        def loss(adapters):
+            tree = with_adapters(params, adapters, EVERY)
+            return jnp.square(Two().apply({"params": tree}, x) - wanted).mean()
+
+        value, grads = jax.value_and_grad(loss)(adapters)
+        updates, state = optimizer.update(grads, state)
+        return optax.apply_updates(adapters, updates), state, value
+
+    losses = []
+    for _ in range(60):
+        adapters, state, value = step(adapters, state)
+        losses.append(float(value))
+    assert losses[-1] < losses[0] / 4
+
+
 def test_dropout_is_of_the_inputs_of_the_low_rank_term_alone(params, x):
     lora = LoRA(R, dropout=0.5, targets=("last",))
     tree = with_adapters(params, adapters_of(params, lora), lora)
@@ -188,7 +215,8 @@ def test_a_glob_that_matches_nothing_says_what_there_is(target):
 
 
 def test_linear_layers_are_matrices_of_dense_layers_alone(params):
-    assert linear_layers(params) == {"first_0": (M, M), "last": (M, N)}
+    blocks = {"gates": {"kernel": jnp.ones((2, 3, 3))}}
+    assert linear_layers({**params, **blocks}) == {"first_0": (M, M), "last": (M, N)}
     adapters = init_adapters(jax.random.key(0), jax.eval_shape(lambda: params), EVERY)
     assert {name: (a.shape, b.shape) for name, (a, b) in adapted_layers(adapters).items()} == {
         "first_0": ((M, R), (R, M)), "last": ((M, R), (R, N))}
