@@ -16,10 +16,8 @@ from hippocampus.layers.lora import LoRA, init_adapters, merge, with_adapters
 from hippocampus.ops.cross_entropy import cross_entropy
 from hippocampus.testing import assert_close
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 FAMILIES = ("llama", "qwen3", "gemma3", "gemma3n")
-T, PROMPT = 12, 9
+T, CHUNK = 12, 4  # together longer than the window
 EVERY = LoRA(3, 4.0, targets=("*",))
 
 
@@ -32,6 +30,14 @@ def trained(adapters, seed=2):
 
 def batch_of(ids):
     return Batch(ids, ids, jnp.ones(ids.shape))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def operations_apart():
+    """Bits are compared: joined with an addition, other operations are rounded anew."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -76,11 +82,10 @@ def test_a_decoder_with_adapters_reads_on_from_its_cache(family, backbone_of, lo
         hidden, cache = backbone.model.apply({"params": params}, ids, cache, method="extend")
         return backbone.model.head(params).logits(hidden), cache
 
-    first, cache = extend(ids[:, :PROMPT], backbone.model.init_cache(2, 32))
-    found = [first]
-    for t in range(PROMPT, T):
-        one, cache = extend(ids[:, t:t + 1], cache)
-        found.append(one)
+    found, cache = [], backbone.model.init_cache(2, 32)
+    for t in range(0, T, CHUNK):
+        part, cache = extend(ids[:, t:t + CHUNK], cache)
+        found.append(part)
     expected = logits(params)
     found = np.concatenate(found, axis=1)[..., :expected.shape[-1]]
     assert_close(found, expected, n_operations=10_000)
@@ -112,31 +117,26 @@ def test_scanned_layers_learn_as_unrolled_ones(backbone_of, ids, lora):
 
 
 def test_dropout_is_on_while_training_alone(backbone_of, ids):
-    """In the layers, each of which draws for itself, and around the streams of a Gemma-3n."""
+    """In the layers, and around the streams of a Gemma-3n."""
     model, params = backbone_of("gemma3n").model, backbone_of("gemma3n").params
-    targets = ("layers_0.attention.query", "layers_1.attention.query", "per_layer_in",
-               "streams_out_1")
-    drops, plain = (LoRA(3, 4.0, dropout=rate, targets=targets) for rate in (0.4, 0.0))
-    adapters = trained(init_adapters(jax.random.key(0), params, drops))
+    targets = ("layers_1.attention.query", "per_layer_in", "streams_in_0", "streams_out_1")
+    lora = LoRA(3, 4.0, dropout=0.4, targets=targets)
+    adapters = trained(init_adapters(jax.random.key(0), params, lora))
 
-    @functools.partial(jax.jit, static_argnums=(2, 3))
-    def run(adapters, key, lora, train):
+    @functools.partial(jax.jit, static_argnums=2)
+    def run(adapters, key, train):
         return model.apply({"params": with_adapters(params, adapters, lora)}, batch_of(ids),
                            train=train, rngs={"dropout": key}, method="forward")[0]
 
-    key, changes = jax.random.key(1), []
-    np.testing.assert_array_equal(run(adapters, key, drops, False),
-                                  run(adapters, key, plain, True))
+    key, other = jax.random.key(1), jax.random.key(2)
+    np.testing.assert_array_equal(run(adapters, key, False), run(adapters, other, False))
     for target in targets:
         only = unflatten_dict({
             path: leaf * (".".join(path[:-1]) == target)
             for path, leaf in flatten_dict(adapters).items()})
-        off = run(only, key, drops, False)
-        changes.append(float(jnp.abs(run(only, key, drops, True) - off).max()))
-        assert changes[-1] > 1e-3, target
-        np.testing.assert_array_equal(run(only, key, drops, True), run(only, key, drops, True))
-        assert (run(only, key, drops, True) != run(only, jax.random.key(2), drops, True)).any()
-    assert len(set(changes)) == len(targets)
+        assert jnp.abs(run(only, key, True) - run(only, key, False)).max() > 1e-3, target
+        np.testing.assert_array_equal(run(only, key, True), run(only, key, True))
+        assert (run(only, key, True) != run(only, other, True)).any(), target
 
 
 def test_every_layer_drops_as_often_as_asked_and_for_itself(backbone_of, ids):
