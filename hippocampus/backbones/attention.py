@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hippocampus.backbones.architecture import Architecture, LayerSpec
 from hippocampus.layers.edits import Edit, no_edit
+from hippocampus.layers.lora import Linear
 from hippocampus.layers.norms import RMSNorm, rms_normalize
 from hippocampus.layers.self_attention import AttentionCache
 from hippocampus.ops import key_cache
@@ -92,7 +93,7 @@ class DecoderAttention(nn.Module):
             o_BTHd = key_cache.attend(out["query"], memory.key, memory.value, memory.visible_BnS,
                                       scale)
         out["heads"] = o_BTHd = self.edit("heads", o_BTHd)
-        y_BTD = nn.Dense(D, use_bias=False, dtype=self.dtype, name="out")(
+        y_BTD = Linear(D, use_bias=False, dtype=self.dtype, name="out")(
             o_BTHd.reshape(B, T, H * d))
         out["out"] = y_BTD = self.edit("out", y_BTD)
         return y_BTD, out, cache, memory
@@ -112,7 +113,7 @@ class DecoderAttention(nn.Module):
 
     def _project(self, name: str, u_BTD: Array, heads: int, positions_BT: Array) -> Array:
         cfg, d = self.config, self.config.head_width
-        x: Any = nn.Dense(heads * d, use_bias=False, dtype=self.dtype, name=name)(u_BTD)
+        x: Any = Linear(heads * d, use_bias=False, dtype=self.dtype, name=name)(u_BTD)
         x = x.reshape(*u_BTD.shape[:2], heads, d)
         if name == "value":
             if cfg.altup:

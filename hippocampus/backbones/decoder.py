@@ -22,6 +22,7 @@ from hippocampus.backbones.llama import LlamaLayer
 from hippocampus.data.batches import Batch
 from hippocampus.layers.edits import Edit, no_edit, scoped
 from hippocampus.layers.layer_stack import layer_parameters, run_layers
+from hippocampus.layers.lora import has_dropout
 from hippocampus.layers.norms import RMSNorm
 from hippocampus.layers.self_attention import AttentionCache
 from hippocampus.ops.cross_entropy import Head
@@ -103,7 +104,8 @@ class Decoder(nn.Module):
           batch: tokens, and where documents begin.
           state: carried between batches by models that need it; empty here.
           interventions: what a probe changes in the parts of a hybrid; a decoder has none of them.
-          train: the same as without: pretrained decoders have no dropout.
+          train: dropout of adapters on (see `hippocampus.layers.lora`); where they have one, it
+            needs the random stream "dropout". A decoder alone has none.
           progress: share of a training that is done; of no effect.
 
         Returns:
@@ -113,10 +115,12 @@ class Decoder(nn.Module):
         tokens_BT = batch.tokens_BT
         positions_BT = token_positions(tokens_BT, batch.document_ids_BT, batch.positions_BT)
         x_BTD = self.edit("embedding", self._embed(tokens_BT))
-        x, per_layer = self._enter(tokens_BT, x_BTD)
-        x, out = self._run_stack(x, per_layer, batch.document_ids_BT, positions_BT)
+        x, per_layer = self._enter(tokens_BT, x_BTD, train)
+        drops = train and has_dropout(self.variables["params"])
+        key = self.make_rng("dropout") if drops else None
+        x, out = self._run_stack(x, per_layer, key, batch.document_ids_BT, positions_BT)
         out["embedding"] = x_BTD
-        out["final"] = final_BTD = self.edit("final", self._leave(x))
+        out["final"] = final_BTD = self.edit("final", self._leave(x, train))
         hidden_BTD = self.norm_out(final_BTD)
         out["segments.hidden"] = hidden_BTD[None]
         return hidden_BTD, out, {}
@@ -212,11 +216,12 @@ class Decoder(nn.Module):
         return x_BTD * jnp.asarray(self.config.d_model**0.5, self.dtype) if (
             self.config.is_gemma) else x_BTD
 
-    def _enter(self, tokens_BT: Array, x_BTD: Array) -> tuple[Array, Array | None]:
+    def _enter(self, tokens_BT: Array, x_BTD: Array,
+               train: bool = False) -> tuple[Array, Array | None]:
         """What the first layer reads, and the input of each layer (a leading L axis)."""
         return x_BTD, None
 
-    def _leave(self, x: Array) -> Array:
+    def _leave(self, x: Array, train: bool = False) -> Array:
         """The last layer's result as one stream."""
         return x
 
@@ -229,10 +234,14 @@ class Decoder(nn.Module):
         params: dict = _initialise(self._layer(spec), key)
         return params
 
-    def _run_stack(self, x: Array, per_layer: Array | None, document_ids_BT: Array | None,
-                   positions_BT: Array) -> tuple[Array, dict[str, Array]]:
+    def _run_stack(
+        self, x: Array, own_inputs: Array | None, key: Array | None,
+        document_ids_BT: Array | None, positions_BT: Array,
+    ) -> tuple[Array, dict[str, Array]]:
         """All layers in order: those with their own keys, then those that read the keys of them."""
         specs, own = self.config.layers, self.config.n_own_layers
+        per_layer = {"input": own_inputs,
+                     "key": None if key is None else jax.random.split(key, len(specs))}
         out: dict[str, Array] = {}
         if self.is_initializing():  # the layers' parameters are made in setup
             return x, {}
@@ -241,22 +250,23 @@ class Decoder(nn.Module):
                                             out[f"layers.{spec.source}.attention.value"])
                         for spec in specs[start:stop] if spec.source >= 0}
 
-            def apply_layer(spec: LayerSpec, params: Any, x: Array, layer: Array | None,
+            def apply_layer(spec: LayerSpec, params: Any, x: Array, layer: dict[str, Any],
                             edit: Edit = no_edit, memories: Any = memories) -> Any:
+                rngs = {} if layer["key"] is None else {"dropout": layer["key"]}
                 return self._layer(spec, edit).apply(
-                    {"params": params}, x, positions_BT, layer, document_ids_BT=document_ids_BT,
-                    source=memories.get(spec.source))[:2]
+                    {"params": params}, x, positions_BT, layer["input"], rngs=rngs,
+                    document_ids_BT=document_ids_BT, source=memories.get(spec.source))[:2]
 
             if self.edit is no_edit:
                 x, found = run_layers(
                     apply_layer, specs[start:stop], self.layer_params[start:stop], x,
-                    None if per_layer is None else per_layer[start:stop], scan=self.scan_layers,
-                    remat=self.remat, first=start)
+                    jax.tree.map(lambda array, a=start, b=stop: array[a:b], per_layer),
+                    scan=self.scan_layers, remat=self.remat, first=start)
                 out.update(found)
                 continue
             for i in range(start, stop):  # a callable edit knows layers by name
-                x, found = apply_layer(specs[i], self.layer_params[i], x,
-                                       None if per_layer is None else per_layer[i],
+                layer = jax.tree.map(lambda array, i=i: array[i], per_layer)
+                x, found = apply_layer(specs[i], self.layer_params[i], x, layer,
                                        scoped(self.edit, f"layers.{i}."))
                 out.update({f"layers.{i}.{name}": value for name, value in found.items()})
         return x, out

@@ -30,6 +30,7 @@ from hippocampus.backbones.attention import DecoderAttention
 from hippocampus.backbones.decoder import Decoder
 from hippocampus.backbones.llama import GatedMLP
 from hippocampus.layers.edits import Edit, no_edit, scoped
+from hippocampus.layers.lora import Linear
 from hippocampus.layers.norms import RMSNorm
 from hippocampus.ops.embedding import embed
 
@@ -46,9 +47,9 @@ class AltUp(nn.Module):
         """Creates the parameters."""
         cfg, A = self.config, _altup(self.config).streams
         self.router_norm = RMSNorm(cfg.norm_epsilon, self.dtype)
-        self.router = nn.Dense(A, use_bias=False, dtype=self.dtype)
-        self.predict = nn.Dense(A * A, use_bias=False, dtype=self.dtype)
-        self.correct = nn.Dense(A, use_bias=False, dtype=self.dtype)
+        self.router = Linear(A, use_bias=False, dtype=self.dtype)
+        self.predict = Linear(A * A, use_bias=False, dtype=self.dtype)
+        self.correct = Linear(A, use_bias=False, dtype=self.dtype)
         self.output_scale = self.param("output_scale", nn.initializers.ones, (cfg.d_model,))
 
     def predicted(self, streams_ABTD: Float[Array, "A B T D"]) -> Float[Array, "A B T D"]:
@@ -87,8 +88,8 @@ class LowRank(nn.Module):
         """Returns what is added to `h_BTD`."""
         cfg = self.config
         rank = _altup(cfg).laurel_rank
-        low = nn.Dense(rank, use_bias=False, dtype=self.dtype, name="left")(h_BTD)
-        y = nn.Dense(cfg.d_model, use_bias=False, dtype=self.dtype, name="right")(low)
+        low = Linear(rank, use_bias=False, dtype=self.dtype, name="left")(h_BTD)
+        y = Linear(cfg.d_model, use_bias=False, dtype=self.dtype, name="right")(low)
         y_BTD: Array = RMSNorm(cfg.norm_epsilon, self.dtype, name="norm")(y)
         return y_BTD
 
@@ -104,8 +105,8 @@ class PerLayerInput(nn.Module):
                  own_BTP: Float[Array, "B T P"]) -> Float[Array, "B T D"]:
         """Returns what is added to the streams but the first."""
         cfg = self.config
-        gate = nn.Dense(own_BTP.shape[-1], use_bias=False, dtype=self.dtype, name="gate")(x_BTD)
-        y = nn.Dense(cfg.d_model, use_bias=False, dtype=self.dtype, name="out")(
+        gate = Linear(own_BTP.shape[-1], use_bias=False, dtype=self.dtype, name="gate")(x_BTD)
+        y = Linear(cfg.d_model, use_bias=False, dtype=self.dtype, name="out")(
             jax.nn.gelu(gate) * own_BTP)
         y_BTD: Array = RMSNorm(cfg.norm_epsilon, self.dtype, name="norm")(y)
         return y_BTD
@@ -177,28 +178,29 @@ class Gemma3nDecoder(Decoder):
         self.per_layer_embedding_VE = self.param(
             "per_layer_embedding", nn.initializers.normal(spec.per_layer_width**-0.5),
             (spec.per_layer_vocabulary, width))
-        self.per_layer_in = nn.Dense(width, use_bias=False, dtype=self.dtype)
+        self.per_layer_in = Linear(width, use_bias=False, dtype=self.dtype)
         self.per_layer_norm = RMSNorm(cfg.norm_epsilon, self.dtype)
         others = range(spec.streams - 1)
-        self.streams_in = [nn.Dense(cfg.d_model, use_bias=False, dtype=self.dtype) for _ in others]
-        self.streams_out = [nn.Dense(cfg.d_model, use_bias=False, dtype=self.dtype)
+        self.streams_in = [Linear(cfg.d_model, use_bias=False, dtype=self.dtype) for _ in others]
+        self.streams_out = [Linear(cfg.d_model, use_bias=False, dtype=self.dtype)
                             for _ in others]
 
-    def _enter(self, tokens_BT: Array, x_BTD: Array) -> tuple[Array, Array]:
+    def _enter(self, tokens_BT: Array, x_BTD: Array, train: bool = False) -> tuple[Array, Array]:
         cfg, spec = self.config, _altup(self.config)
         known_BT = jnp.where(tokens_BT < spec.per_layer_vocabulary, tokens_BT, 0)
         shape = (*tokens_BT.shape, cfg.n_layers, spec.per_layer_width)
         rows = embed(self.per_layer_embedding_VE, known_BT).astype(self.dtype)
         rows = rows * jnp.asarray(spec.per_layer_width**0.5, self.dtype)
-        own = self.per_layer_in(x_BTD) * jnp.asarray(cfg.d_model**-0.5, self.dtype)
+        own = self.per_layer_in(x_BTD, train) * jnp.asarray(cfg.d_model**-0.5, self.dtype)
         own = (self.per_layer_norm(own.reshape(shape)) + rows.reshape(shape)) * jnp.asarray(
             2**-0.5, self.dtype)
-        streams = [x_BTD, *(_match(dense(x_BTD), x_BTD) for dense in self.streams_in)]
+        streams = [x_BTD, *(_match(dense(x_BTD, train), x_BTD) for dense in self.streams_in)]
         return jnp.stack(streams), jnp.moveaxis(own, 2, 0)
 
-    def _leave(self, x: Array) -> Array:
+    def _leave(self, x: Array, train: bool = False) -> Array:
         first_BTD = x[0]
-        others = [_match(dense(x[j]), first_BTD) for j, dense in enumerate(self.streams_out, 1)]
+        others = [_match(dense(x[j], train), first_BTD)
+                  for j, dense in enumerate(self.streams_out, 1)]
         return jnp.stack([first_BTD, *others]).mean(0)
 
 

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from hippocampus.backbones.architecture import Architecture, LayerSpec
 from hippocampus.backbones.attention import DecoderAttention
 from hippocampus.layers.edits import Edit, no_edit, scoped
+from hippocampus.layers.lora import Linear
 from hippocampus.layers.norms import RMSNorm
 
 
@@ -38,8 +39,8 @@ class GatedMLP(nn.Module):
     @nn.compact
     def __call__(self, h_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Returns y_BTD."""
-        def dense(name: str, width: int) -> nn.Dense:
-            return nn.Dense(width, use_bias=False, dtype=self.dtype, name=name)
+        def dense(name: str, width: int) -> Linear:
+            return Linear(width, use_bias=False, dtype=self.dtype, name=name)
 
         gate = dense("gate", self.spec.mlp_width)(h_BTD)
         if self.spec.sparsity:

@@ -107,7 +107,7 @@ def save_backbone(folder: str | Path, backbone: Backbone, *, dtype: str | None =
       largest: bytes of a file, unless one tensor alone is larger.
 
     Raises:
-      ConfigError: something is in its place, or it cannot be written.
+      ConfigError: something is in its place, it cannot be written, or adapters lie beside matrices.
       CheckpointError: a weight is not finite.
     """
     cfg, tokenizer = backbone.model.config, backbone.tokenizer

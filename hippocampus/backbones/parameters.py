@@ -15,7 +15,7 @@ from hippocampus.backbones.architecture import Architecture
 from hippocampus.backbones.decoder import Decoder
 from hippocampus.backbones.names import hub_name, is_left_out, is_transposed, plain_name
 from hippocampus.backbones.tensors import TensorSource
-from hippocampus.errors import CheckpointError
+from hippocampus.errors import CheckpointError, ConfigError
 
 Shardings = jax.sharding.Sharding | Callable[[Any], Any] | None
 """Where parameters go: all alike, or a function of their shapes that gives a tree; None = whole, to
@@ -88,9 +88,13 @@ def named_tensors(params: Any, architecture: Architecture, dtype: str | None = N
 
     Raises:
       CheckpointError: a weight is not finite.
+      ConfigError: an adapter lies beside a matrix.
     """
     for entries, leaf in jax.tree.leaves_with_path(params):
         name, weight = _name(entries), np.asarray(leaf)
+        if ".lora_" in name:
+            raise ConfigError(f"{name} is an adapter, which a model's files have no place for",
+                              "merge the adapters, or write them with write_adapters")
         if not np.isfinite(weight).all():
             raise CheckpointError(f"{name} has weights that are not finite",
                                   "the training diverged; take an earlier step")

@@ -27,12 +27,26 @@ class Dropout(nn.Module):
         """Needs the random stream "dropout" unless `deterministic` or the rate is 0."""
         if self.deterministic or not self.rate:
             return x
-        kept = round((1 - self.rate) * _LEVELS)
-        mask = _below(kept, self.make_rng("dropout"), x.shape)
-        return jnp.where(mask, x / jnp.asarray(kept / _LEVELS, x.dtype), jnp.zeros((), x.dtype))
+        return _drop(x, round((1 - self.rate) * _LEVELS), self.make_rng("dropout"))
 
 
-def _below(level: int, key: Array, shape: tuple[int, ...]) -> Bool[Array, "... D"]:
+def drop(x: Float[Array, "... D"], rate: Float[Array, ""], key: Array) -> Float[Array, "... D"]:
+    """The same with a chance that may be traced.
+
+    Args:
+      x: any array.
+      rate: chance that an element is zeroed, below 1.
+      key: random key.
+    """
+    return _drop(x, jnp.round((1 - rate) * _LEVELS).astype(jnp.uint32), key)
+
+
+def _drop(x: Array, kept: int | Array, key: Array) -> Array:
+    mask = _below(kept, key, x.shape)
+    return jnp.where(mask, x / jnp.asarray(kept / _LEVELS, x.dtype), jnp.zeros((), x.dtype))
+
+
+def _below(level: int | Array, key: Array, shape: tuple[int, ...]) -> Bool[Array, "... D"]:
     """True with the chance level / 2^16; two elements share the 32 bits of a draw."""
     half = -(-shape[-1] // 2)
     # Without the barrier a compiler draws each word once per element that reads it.

@@ -66,7 +66,8 @@ def run_layers(
     Args:
       apply_layer: one layer as a pure function of its parameters.
       specs: static settings of each layer; neighbours with equal ones can be scanned.
-      params: parameter tree of each layer; equal specs have equal tree shapes.
+      params: parameter tree of each layer. Equal specs have equal shapes; where one of them has
+        leaves that its neighbour has not, such as an adapter, they are compiled apart.
       x_BTD: residual stream; any pytree that a layer takes and gives.
       per_layer: pytree of arrays with a leading L axis; a layer gets its slice.
       scan: compile runs of equal layers once.
@@ -86,7 +87,8 @@ def run_layers(
 
         return jax.jit(body, inline=True)
 
-    for start, stop in _runs(specs, scan):
+    alike = [(spec, jax.tree.structure(tree)) for spec, tree in zip(specs, params, strict=True)]
+    for start, stop in _runs(alike, scan):
         body = body_of(specs[start])
         if remat not in ("none", "mlp"):
             body = jax.checkpoint(body, policy=_REMAT_POLICIES[remat],
@@ -103,10 +105,10 @@ def run_layers(
     return x_BTD, out
 
 
-def _runs(specs: Sequence[Any], scan: bool) -> Iterator[tuple[int, int]]:
+def _runs(kinds: Sequence[Any], scan: bool) -> Iterator[tuple[int, int]]:
     """[start, stop) of every run of layers that is compiled together."""
     start = 0
-    for _, group in groupby(specs):
+    for _, group in groupby(kinds):
         length = len(list(group))
         if scan:
             yield start, start + length

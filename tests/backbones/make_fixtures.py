@@ -1,14 +1,15 @@
 """Makes the tiny random checkpoints that the parity tests read, and what transformers says of them.
 
     pip install 'hippocampus[parity]'
-    python tests/backbones/make_fixtures.py [FAMILY …]
+    python tests/backbones/make_fixtures.py [FAMILY …] [peft]
 
 Every parameter is random: as a library initialises them, norms of one and scales of zero would
 hide what they do. The sizes are chosen so that every path of the code is reached: contexts longer
 than the sliding window, all three bands of the llama3 frequencies, ids beyond the per-layer table.
 A folder of the result holds config.json, model.safetensors and reference.npz: `ids` (2, 40),
 `logits` of the full forward pass in float32, and `generated`, the greedy continuation of the first
-12 ids of each row.
+12 ids of each row. One of fixtures/peft holds an adapter as PEFT writes it for the checkpoint of
+its family, random throughout, and in reference.npz the logits of the first 12 ids.
 """
 
 from __future__ import annotations
@@ -68,6 +69,17 @@ FAMILIES = {
         activation_sparsity_pattern=[0.8, 0.8, 0.0, 0.0, 0.0])),
 }
 
+# Names, a regular expression that means some layers, and everything there is; both scales.
+ADAPTERS = {
+    "llama": {"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 4, "lora_alpha": 8,
+              "lora_dropout": 0.1},
+    "qwen3": {"target_modules": r"model\.layers\.1\.(self_attn\.[ko]_proj|mlp\.up_proj)", "r": 3,
+              "lora_alpha": 5, "use_rslora": True},
+    "gemma3": {"target_modules": ["gate_proj", "model.layers.0.self_attn.o_proj"], "r": 2,
+               "lora_alpha": 3},
+    "gemma3n": {"target_modules": "all-linear", "r": 1, "lora_alpha": 2},
+}
+
 
 def randomise(model: torch.nn.Module, seed: int) -> None:
     """Vectors around one with a spread of 0.2, matrices of unit gain."""
@@ -105,6 +117,39 @@ def make(name: str) -> None:
           f"logits of spread {float(logits.std()):.2f}, drawn {written[:, PROMPT:].tolist()}")
 
 
+def make_adapter(family: str) -> None:
+    """Writes one folder of fixtures/peft anew; its checkpoint has to be there."""
+    import peft
+
+    kind, _ = FAMILIES[family]()
+    folder = FOLDER / "peft" / family
+    shutil.rmtree(folder, ignore_errors=True)
+    base = kind.from_pretrained(FOLDER / family, attn_implementation="eager", dtype=torch.float32)
+    torch.manual_seed(3)
+    model = peft.get_peft_model(base, peft.LoraConfig(
+        task_type="CAUSAL_LM", base_model_name_or_path=family, **ADAPTERS[family])).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape))
+    model.peft_config["default"].base_model_name_or_path = family
+    model.save_pretrained(folder)
+    ids = torch.from_numpy(np.load(FOLDER / family / "reference.npz")["ids"][:, :PROMPT])
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits
+        with model.disable_adapter():
+            moved = (logits - model(ids, use_cache=False).logits).abs().mean()
+    np.savez(folder / "reference.npz", logits=logits.numpy())
+    (folder / "README.md").unlink(missing_ok=True)
+    (folder / "adapter_model.safetensors").chmod(0o644)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"peft/{family}: {size} bytes, logits moved by {float(moved):.2f}")
+
+
 if __name__ == "__main__":
-    for family in sys.argv[1:] or FAMILIES:
-        make(family)
+    for family in sys.argv[1:] or (*FAMILIES, "peft"):
+        if family != "peft":
+            make(family)
+    if "peft" in (sys.argv[1:] or ["peft"]):
+        for family in ADAPTERS:
+            make_adapter(family)
