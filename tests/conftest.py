@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from hippocampus import xla_flags
+
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="run the slow tests too")
@@ -18,6 +20,9 @@ def pytest_configure(config):
     # A shell starts its background jobs with Ctrl-C ignored, and their children inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Most of the time goes into compilers, and a quarter of it into making short programs faster.
+    if os.environ.get("JAX_PLATFORMS") == "cpu" and not config.getoption("--full"):
+        xla_flags.prepare("--xla_backend_optimization_level=0")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -156,6 +156,14 @@ class Decoder(nn.Module):
         Returns:
           hidden_BnD (normalised, compute dtype), and the new cache.
         """
+        final_BnD, cache = self.extend_stream(tokens_Bn, cache, valid_Bn)
+        return self.norm_out(final_BnD), cache
+
+    def extend_stream(
+        self, tokens_Bn: Int[Array, "B n"], cache: DecoderCache,
+        valid_Bn: Bool[Array, "B n"] | None = None,
+    ) -> tuple[Float[Array, "B n D"], DecoderCache]:
+        """`extend` up to the states before the last norm."""
         if valid_Bn is None:
             valid_Bn = jnp.ones(tokens_Bn.shape, bool)
         positions_Bn = cache.length_B[:, None] + jnp.cumsum(valid_Bn, axis=1) - valid_Bn
@@ -170,8 +178,12 @@ class Decoder(nn.Module):
                 cache=cache.layers[i] if own else None, source=memories.get(spec.source))
             if own:
                 caches.append(new)
-        hidden_BnD = self.norm_out(self._leave(x))
-        return hidden_BnD, DecoderCache(cache.length_B + valid_Bn.sum(1), tuple(caches))
+        return self._leave(x), DecoderCache(cache.length_B + valid_Bn.sum(1), tuple(caches))
+
+    def finish(self, final_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The last norm, for a model that adds something in front of it."""
+        hidden_BTD: Array = self.norm_out(final_BTD)
+        return hidden_BTD
 
     @nn.nowrap
     def reset(self, cache: DecoderCache, rows_B: Bool[Array, " B"]) -> DecoderCache:
