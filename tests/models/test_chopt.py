@@ -240,3 +240,14 @@ def test_the_named_intermediates_have_whole_rows():
     assert np.all(np.diff(out["memory.energy"], axis=0) <= 1e-5)
     assert out["memory.gate"].shape == () and out["segments.hidden"].shape[:3] == (1, B, T)
     assert jnp.asarray(out["final"]).shape[:2] == (B, T)
+
+
+def test_what_surprises_the_decoder_is_what_is_written():
+    forward = made(chunk=0, select="surprise", n_writes=1)[2]
+    tokens, decoder = ids(length=9), backbone()
+    memory = forward(batch_of(tokens))[2]["memory"]
+    logits = np.asarray(decoder.model.apply({"params": decoder.params}, tokens)[0])
+    nll = -jax.nn.log_softmax(logits[:, :-1])[np.arange(B)[:, None], np.arange(8), tokens[:, 1:]]
+    written = np.asarray(memory.valid_BS)
+    assert np.array_equal(written.sum(1), np.ones(B))
+    assert np.array_equal(memory.position_BS[written], nll.argmax(1) + 1)
