@@ -550,7 +550,7 @@ def test_without_a_jax_the_present_interpreter_gets_the_right_one(present):
 def test_nothing_is_installed_when_nothing_is_missing(present):
     names = "flax optax orbax-checkpoint chex ml_collections tokenizers datasets tensorboardX"
     for name in [*names.split(), "jaxtyping", "numpy", "rich", "etils", "grain",
-                 "matplotlib", "pillow", "jinja2", "scipy", "safetensors", "xxhash"]:
+                 "matplotlib", "pillow", "jinja2", "scipy", "safetensors", "xxhash", "flatbuffers"]:
         present.package(name, "99" if name not in ("flax", "orbax-checkpoint") else "0.12.10")
     present.package("jax", "0.10.3")
     url = '{"url": "' + present.root.as_uri() + '"}'
