@@ -8,9 +8,8 @@ Command:   python -m hippocampus.train --config=configs/wt103_bpe.py
 Tokens:    25,000 steps of 64 x 1,024 = 1.64 billion, about 14 times the training text
 Text:      Salesforce/wikitext (raw) from the hub; a local copy: --config.data.corpus=FOLDER with
            what `save_to_disk` wrote or the parquet files of the data set
-Hardware:  TPU v3-8 and v4-8 as it is; four or more v5e with --config.model.scan_layers=true
-           --config.model.remat=full (compiled for, not run: docs/performance.md); one H100:
-           369,000 tokens/s and 30 GB of its memory
+Hardware:  TPU v3-8, v4-8 and four or more v5e (compiled for, not run: docs/performance.md); one
+           H100: 377,000 tokens/s and 30 GiB of its memory
 Result:    not trained to the end yet; what was measured is in docs/experiments.md
 Recipe:    label smoothing off, because it lowers the likelihood that is reported; rectified flow
            off, because nothing measured here says that it helps (loss.rectified_flow.* turns it
