@@ -84,7 +84,7 @@ def reset(path: Path, saved: SavedMemory, user: int | None) -> str:
 
 def export(saved: SavedMemory, tokenizer: Tokenizer | None, user: int | None,
            vectors: bool) -> str:
-    """JSON lines, a slot each,.
+    """JSON lines, a slot each.
 
     Args:
       saved, tokenizer, user, vectors: as for `export_lines`.

@@ -151,7 +151,7 @@ class MemoryBank(nn.Module):
         Raises:
           ValueError: memories of another size or number of users.
         """
-        self._check(hidden_BTD, state)
+        self._check(len(hidden_BTD), state)
         B, T, _ = hidden_BTD.shape
         out = {"query": self.edit("query", self._unit(self.query(self.norm(hidden_BTD))))}
         out["beta"] = beta_H = inverse_temperature(self.log_beta)
@@ -191,7 +191,7 @@ class MemoryBank(nn.Module):
         Raises:
           ValueError: memories of another size or number of users, or no surprise.
         """
-        self._check(hidden_BTD, state)
+        self._check(len(hidden_BTD), state)
         cfg = self.config
         mask_BT = jnp.ones(hidden_BTD.shape[:2], bool) if mask_BT is None else mask_BT
         chosen = choose(
@@ -232,7 +232,12 @@ class MemoryBank(nn.Module):
                              valid_BS=jnp.ones_like(state.valid_BS))
 
     def reset(self, state: MemoryState, rows_B: Bool[Array, " B"]) -> MemoryState:
-        """The memories, with those of the marked rows as new; the others keep every bit."""
+        """The memories, with those of the marked rows as new; the others keep every bit.
+
+        Raises:
+          ValueError: memories of another size or number of users.
+        """
+        self._check(rows_B.shape[0], state)
         return choose_users(rows_B, self.init_state(rows_B.shape[0]), state)
 
     def _split(self, x: Array) -> Array:
@@ -241,9 +246,9 @@ class MemoryBank(nn.Module):
     def _unit(self, x: Array) -> Array:
         return unit_normalize(self._split(x))
 
-    def _check(self, hidden_BTD: Array, state: MemoryState) -> None:
+    def _check(self, rows: int, state: MemoryState) -> None:
         """A wrong number of rows must not broadcast: it would share a memory."""
-        wanted = (hidden_BTD.shape[0], self.config.n_slots, *self.heads)
+        wanted = (rows, self.config.n_slots, *self.heads)
         if state.keys_BSHd.shape != wanted:
             raise ValueError(f"the memory has users, slots, heads, width = {state.keys_BSHd.shape};"
                              f" this layer and batch need {wanted}")

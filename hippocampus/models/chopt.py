@@ -239,9 +239,8 @@ class CHopT(nn.Module):
 
     @nn.nowrap
     def _decoder(self, edit: Edit = no_edit) -> Decoder:
-        own = {} if edit is not no_edit else {"parent": None}
         return build_decoder(self.config, compute_dtype=self.compute_dtype, backend=self.backend,
-                             scan_layers=self.scan_layers, remat=self.remat, edit=edit, **own)
+                             scan_layers=self.scan_layers, remat=self.remat, edit=edit, parent=None)
 
     @nn.nowrap
     def _bank(self) -> MemoryBank:
@@ -257,15 +256,12 @@ class CHopT(nn.Module):
 
     def _memory_before(self, batch: Batch, state: dict | None, B: int) -> MemoryState:
         """The rows' memories, new where a row starts afresh."""
-        new: Any = self._bank().apply({"params": self.bank_params}, B, method="init_state")
-        if not state or batch.reset_B is None:
-            return new
-        if state["memory"].keys_BSHd.shape != new.keys_BSHd.shape:
-            raise ValueError(f"the memory has users, slots, heads, width = "
-                             f"{state['memory'].keys_BSHd.shape}; these rows need "
-                             f"{new.keys_BSHd.shape}")
-        chosen: MemoryState = choose_users(batch.reset_B, new, state["memory"])
-        return chosen
+        bank, variables = self._bank(), {"params": self.bank_params}
+        memory: Any = (bank.apply(variables, B, method="init_state")
+                       if not state or batch.reset_B is None else
+                       bank.apply(variables, state["memory"], batch.reset_B, method="reset"))
+        found: MemoryState = memory
+        return found
 
     @nn.nowrap
     def _mode(self, batch: Batch, asked: Array | None, B: int) -> Array:

@@ -166,6 +166,8 @@ def test_a_memory_of_another_number_of_users_is_refused_not_shared():
         bank.apply(variables, H_BTD, take_users(state, [0]), mode="frozen")
     with pytest.raises(ValueError, match="need"):
         bank.apply(variables, H_BTD, take_users(state, [0]), mode="write_only")
+    with pytest.raises(ValueError, match="need"):
+        bank.apply(variables, take_users(state, [0]), np.array([False] * B), method="reset")
 
 
 def test_reset_makes_the_marked_users_new_and_leaves_the_others():

@@ -145,7 +145,7 @@ def test_memories_of_users_do_not_mix():
     assert_close(two[0][::-1], one[0], 1e-6)
     assert_close(two[2]["memory"].values_BSHd[::-1], one[2]["memory"].values_BSHd, 1e-6)
     three = jax.tree.map(lambda a: a[:1], state)
-    with pytest.raises(ValueError, match="these rows need"):
+    with pytest.raises(ValueError, match="this layer and batch need"):
         forward(batch_of(tokens, reset_B=np.zeros(B, bool)), three)
 
 
@@ -251,3 +251,23 @@ def test_what_surprises_the_decoder_is_what_is_written():
     written = np.asarray(memory.valid_BS)
     assert np.array_equal(written.sum(1), np.ones(B))
     assert np.array_equal(memory.position_BS[written], nll.argmax(1) + 1)
+
+
+def test_an_edit_that_changes_nothing_changes_nothing_and_others_reach_decoder_and_memory():
+    model, params, forward = made()
+    tokens, seen = ids(), []
+
+    def run(edit):
+        edited = model.clone(edit=edit)
+        return jax.jit(lambda batch: edited.apply({"params": params}, batch, method="forward"))(
+            batch_of(tokens))[0]
+
+    def watch(name, value):
+        seen.append(name)
+        return value
+
+    plain = forward(batch_of(tokens))[0]
+    assert_close(run(watch), plain, 1e-5)
+    assert {"layers.0.residual", "memory.read", "memory.final"} <= set(seen)
+    without = run(lambda name, value: value * 0 if name == "memory.read" else value)
+    assert_close(without, made(gate=0.0)[2](batch_of(tokens))[0], 1e-5)
