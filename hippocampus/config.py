@@ -1,16 +1,19 @@
 """The typed schema of a run: every field with its default, its check and its meaning.
 
 The fields of a model stand beside it, in one file per family (`config_hybrid`,
-`config_equilibrium`); what fields must be to each other stands in `config_checks`. There are no
-other defaults or ranges. A config file starts from `defaults(family)`, changes what its
-experiment needs, and is turned at once into the frozen dataclasses below by
-`hippocampus.config_files.load_config`.
+`config_equilibrium`, `config_chopt`); what fields must be to each other stands in
+`config_checks`. There are no other defaults or ranges. A config file starts from
+`defaults(family)`, changes what its experiment needs, and is turned at once into the frozen
+dataclasses below by `hippocampus.config_files.load_config`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hippocampus.config_chopt import BackboneConfig as BackboneConfig
+from hippocampus.config_chopt import CHopTConfig as CHopTConfig
+from hippocampus.config_chopt import LoRAConfig as LoRAConfig
 from hippocampus.config_equilibrium import EquilibriumConfig as EquilibriumConfig
 from hippocampus.config_equilibrium import EquilibriumLossConfig as EquilibriumLossConfig
 from hippocampus.config_fields import count, group, setting
@@ -28,8 +31,8 @@ from hippocampus.config_hybrid import layer_paths as layer_paths
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 """The axes that devices are arranged along."""
 
-TOKENIZERS = ("bytes", "characters", "words", "bpe", "ids")
-"""Tokenizers that are made from the corpus."""
+TOKENIZERS = ("bytes", "characters", "words", "bpe", "ids", "backbone")
+"""Tokenizers that are made from the corpus, and that of a pretrained decoder."""
 
 RECALL_TASKS = ("mqar", "noisy", "induction", "selective_copy", "delayed_copy")
 """Synthetic tasks, `data.corpus` = "recall:" and one of them."""
@@ -131,12 +134,29 @@ class RecallConfig:
 
 
 @dataclass(frozen=True)
+class StoriesConfig:
+    """Stories with questions about them (hippocampus.data.stories)."""
+
+    text: str = setting("document", "of NarrativeQA: the whole document, or a summary of its plot",
+                        choices=("document", "summary"))
+    template: str = setting("Question: {question}\nAnswer: {answer}", "how a question is put, and "
+                            "its answer")
+    story_weight: float = setting(0.0, "weight in the loss of a prediction of the story; one of an "
+                                  "answer has 1", low=0, high=1e6)
+    question_rows: int = count(0, "chunks of questions each time that a story is read, chosen "
+                               "anew; 0 = all", low=0, high=1_000_000)
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """What is read, and how it is cut."""
 
     corpus: str = setting("pydoc", "pydoc, tinyshakespeare, wikitext_mini; a text, .jsonl or "
                           ".parquet file or a glob of them; a folder of Dataset.save_to_disk; "
                           "a hub id such as Salesforce/wikitext; or recall: and a task")
+    form: str = setting("text", "text: documents to go on with; stories: stories with questions "
+                        "about them, for a model with a persistent memory",
+                        choices=("text", "stories"))
     subset: str = setting("", "configuration of a hub data set, such as wikitext-103-raw-v1; "
                           "empty = its only or default one")
     column: str = setting("text", "the column that holds the text (not for text files)")
@@ -155,7 +175,8 @@ class DataConfig:
                               "copy; without a validation split its first 5,000 documents are "
                               "held out")
     tokenizer: str = setting("bytes", "bytes, characters, words, bpe, or the path of a "
-                             "tokenizer.json; ids for a synthetic task")
+                             "tokenizer.json; ids for a synthetic task; backbone for a pretrained "
+                             "decoder's own")
     vocab_size: int = count(0, "ids of bpe (0 = 32,768) or words (0 = every word of the training "
                             "text); other tokenizers have their own number", low=0,
                             high=16_777_216)
@@ -168,6 +189,7 @@ class DataConfig:
                          choices=("shuffled", "streams"))
     context: int = count(128, "tokens T per sequence", high=16_777_216)
     recall: RecallConfig = group(RecallConfig)
+    stories: StoriesConfig = group(StoriesConfig)
 
 
 @dataclass(frozen=True)
@@ -273,5 +295,6 @@ class Config:
     mesh: MeshConfig = group(MeshConfig)
 
 
-FAMILIES: dict[str, type] = {"hybrid": HybridConfig, "equilibrium": EquilibriumConfig}
+FAMILIES: dict[str, type] = {
+    "hybrid": HybridConfig, "equilibrium": EquilibriumConfig, "chopt": CHopTConfig}
 """`model.family` -> the class of `Config.model`."""

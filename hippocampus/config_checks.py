@@ -13,7 +13,9 @@ from hippocampus.config import (
     Config,
     DataConfig,
     OptimizerConfig,
+    StoriesConfig,
 )
+from hippocampus.config_checks_chopt import BACKBONE, check_chopt
 from hippocampus.config_checks_equilibrium import check_equilibrium
 from hippocampus.config_checks_hybrid import check_hybrid
 from hippocampus.config_recall import RECALL, check_recall
@@ -25,7 +27,7 @@ _LONGEST_NAME = 255
 """Bytes of a file's name."""
 
 _FAMILIES: dict[str, Callable[[Config, Any], None]] = {
-    "hybrid": check_hybrid, "equilibrium": check_equilibrium}
+    "hybrid": check_hybrid, "equilibrium": check_equilibrium, "chopt": check_chopt}
 
 
 def check_together(config: Config) -> Config:
@@ -39,9 +41,11 @@ def check_together(config: Config) -> Config:
     check_divides("train.batch_size", train.batch_size,
                   "train.grad_accumulation", train.grad_accumulation)
     _check_groups(config.optimizer)
-    check_divides("model.d_model", model.d_model, "model.n_heads", model.n_heads)
+    if model.family != "chopt":  # of which the decoder's files say the widths
+        check_divides("model.d_model", model.d_model, "model.n_heads", model.n_heads)
     _FAMILIES[model.family](config, model)
     _check_data(config.data)
+    _check_stories(config)
     if not config.sample.prompt:
         raise ConfigError("sample.prompt is empty", "give at least one character")
     for pattern, axes in config.mesh.rules:
@@ -109,3 +113,26 @@ def _check_data(data: DataConfig) -> None:
     elif data.tokenizer == "ids":
         raise ConfigError("data.tokenizer is ids, and data.corpus a text",
                           f"ids are for data.corpus={RECALL}{RECALL_TASKS[0]} and the like")
+
+
+def _check_stories(config: Config) -> None:
+    """Refuses stories for a model without a persistent memory, and settings that have none."""
+    data, family = config.data, config.model.family
+    if data.tokenizer == BACKBONE and family != "chopt":
+        raise ConfigError(f"data.tokenizer is {BACKBONE}, and model.family {family} has no "
+                          "pretrained decoder", "bytes, characters, words, bpe or a path")
+    if data.form == "text":
+        if data.stories != StoriesConfig():
+            raise ConfigError("data.stories is set, and data.form is text",
+                              "data.form=stories reads stories with questions")
+        return
+    if family != "chopt":
+        raise ConfigError(f"data.form is stories, and model.family {family} has no persistent "
+                          "memory", "model.family=chopt has one; data.form=text reads documents")
+    if data.order != "shuffled" or data.documents != "joined" or config.eval.stride:
+        raise ConfigError("data.order, data.documents or eval.stride is set, and data.form is "
+                          "stories", "stories have an order of their own: leave them out")
+    before, name, behind = data.stories.template.partition("{question}")
+    if not name or "{answer}" not in behind or "{answer}" in before:
+        raise ConfigError(f"data.stories.template is {shown(data.stories.template)}",
+                          "it needs {question} and, behind it, {answer}, once each")

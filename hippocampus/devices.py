@@ -121,6 +121,7 @@ _AUTOMATIC: dict[str, dict[str, str]] = {
     "hybrid": {"model.attention.backend": "attention", "model.ssm.backend": "scan"},
     "equilibrium": {"model.hopfield.backend": "attention", "model.ssm.backend": "scan",
                     "model.cell.ssm.backend": "scan"},
+    "chopt": {"model.backend": "attention"},
 }
 """Of each model family: fields that can be "auto" -> what of a `Choice` decides them."""
 
@@ -170,6 +171,8 @@ def resolve(config: Config, device: Device | None = None,
              for name, kind in kinds.items() if kind == "scan"}
     best = {"model.compute_dtype": choice.compute_dtype,
             **{name: choice.attention for name in kinds if name not in scans}, **scans,
+            **({"model.backbone.dtype": choice.compute_dtype} if "model.backbone.dtype" in known
+               else {}),
             "loss.backend": _loss_backend(config.model.vocab_size, device)}
     decided = tuple(name for name in best if known[name] == "auto" or name in automatic)
     config = with_fields(config, {name: best[name] for name in decided})

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from dataclasses import dataclass
+from itertools import groupby
 
 from hippocampus.backbones.rotary import Rope
+from hippocampus.errors import DataError
 
 FAMILIES = ("llama", "qwen3", "gemma3", "gemma3n")
 """Of decoders that are known here."""
@@ -114,3 +118,29 @@ class Architecture:
     def longest_row(self, context: int) -> int | None:
         """Tokens that a row can have: any number; beyond `max_length` they slide along."""
         return None
+
+
+def architecture_text(architecture: Architecture) -> str:
+    """An architecture as one line of JSON, with runs of equal layers as [how many, one of them]."""
+    fields = dataclasses.asdict(architecture)
+    fields["layers"] = [[len(list(run)), dataclasses.asdict(spec)]
+                        for spec, run in groupby(architecture.layers)]
+    return json.dumps(fields, separators=(",", ":"))
+
+
+def parse_architecture(text: str) -> Architecture:
+    """What `architecture_text` wrote.
+
+    Raises:
+      DataError: it is nothing of the kind.
+    """
+    try:
+        fields = json.loads(text)
+        layers = [LayerSpec(**{**spec, "rope": Rope(**spec["rope"])})
+                  for n, spec in fields.pop("layers") for _ in range(n)]
+        altup = fields.pop("altup")
+        return Architecture(**fields, layers=tuple(layers),
+                            altup=None if altup is None else AltUpSpec(**altup))
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise DataError(f"{text[:60]!r} describes no decoder", "leave model.backbone.architecture "
+                        "to what the decoder's files say") from None

@@ -39,7 +39,7 @@ _HINT = "copy or download it again"
 
 
 def load_gguf(path: Path, dtype: str | None, sharding: Shardings,
-              settings: dict[str, Any]) -> Backbone:
+              settings: dict[str, Any], weights: bool = True) -> Backbone:
     """Reads a `.gguf`; a tokenizer.json in the same folder goes before the file's own tokenizer.
 
     Args:
@@ -47,6 +47,7 @@ def load_gguf(path: Path, dtype: str | None, sharding: Shardings,
       dtype: of the parameters; None = float32.
       sharding: where they go.
       settings: further attributes of `Decoder`.
+      weights: False = no parameters are read.
 
     Raises:
       ConfigError: the package `gguf` is not installed.
@@ -66,7 +67,10 @@ def load_gguf(path: Path, dtype: str | None, sharding: Shardings,
     chat = None
     if isinstance(template, str):
         chat = ChatTemplate(template, tokenizer.special_tokens() if tokenizer else {})
-    params = read_parameters(_source(path, cfg, tensors), model, dtype=dtype, sharding=sharding)
+    params = None
+    if weights:
+        params = read_parameters(_source(path, cfg, tensors), model, dtype=dtype,
+                                 sharding=sharding)
     return Backbone(model, params, tokenizer, chat)
 
 

@@ -43,7 +43,7 @@ _PER_LAYER = ("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_a
 
 
 def load_llama2c(path: Path, dtype: str | None, sharding: Shardings,
-                 settings: dict[str, Any]) -> Backbone:
+                 settings: dict[str, Any], weights: bool = True) -> Backbone:
     """Reads a `.bin`; a `tok*.bin` of as many pieces in the same folder is its tokenizer.
 
     Args:
@@ -51,6 +51,7 @@ def load_llama2c(path: Path, dtype: str | None, sharding: Shardings,
       dtype: of the parameters; None = float32.
       sharding: where they go.
       settings: further attributes of `Decoder`.
+      weights: False = no parameters are read.
 
     Raises:
       DataError, CheckpointError: it is not of this form, or its size is not what it says.
@@ -65,7 +66,10 @@ def load_llama2c(path: Path, dtype: str | None, sharding: Shardings,
                               "read: they can run code when they are opened; ask for safetensors")
     cfg = _architecture(path, _HEADER.unpack(head))
     model = build_decoder(cfg, **settings)
-    params = read_parameters(_source(path, cfg), model, dtype=dtype, sharding=sharding)
+    source = _source(path, cfg)  # which checks the file's size
+    params = None
+    if weights:
+        params = read_parameters(source, model, dtype=dtype, sharding=sharding)
     return Backbone(model, params, _find_tokenizer(path, cfg.vocab_size))
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from hippocampus.backbones.architecture import Architecture
 from hippocampus.backbones.chat import ChatTemplate
 from hippocampus.backbones.config_json import end_ids, read_architecture, write_config
@@ -34,7 +36,7 @@ class Backbone:
 
     Attributes:
       model: the module.
-      params: its parameters.
+      params: its parameters; None where they were not asked for.
       tokenizer: None where the files have none.
       chat: its chat template; None where the files have none.
     """
@@ -62,7 +64,7 @@ def is_backbone(path: Path) -> bool:
 
 
 def load_backbone(path: str | Path, *, dtype: str | None = None, sharding: Shardings = None,
-                  **settings: Any) -> Backbone:
+                  weights: bool = True, **settings: Any) -> Backbone:
     """Reads a pretrained decoder.
 
     Args:
@@ -70,6 +72,7 @@ def load_backbone(path: str | Path, *, dtype: str | None = None, sharding: Shard
       dtype: of the parameters; None = as they lie in the file (GGUF: float32).
       sharding: where they go: one for all, or a function of the tree of shapes; None = whole, to
         this process's first device.
+      weights: False = what the files say of the model, without its parameters.
       settings: attributes of `Decoder`, such as `compute_dtype` and `scan_layers`.
 
     Raises:
@@ -77,23 +80,53 @@ def load_backbone(path: str | Path, *, dtype: str | None = None, sharding: Shard
       CheckpointError: tensors that are missing, damaged, not finite or another model's.
     """
     place = expand(path)
-    if place.suffix == ".gguf":
-        from hippocampus.backbones.gguf_file import load_gguf
-
-        return load_gguf(place, dtype, sharding, settings)
-    if place.suffix == ".bin":
-        from hippocampus.backbones.llama2c import load_llama2c
-
-        return load_llama2c(place, dtype, sharding, settings)
+    if place.suffix in (".gguf", ".bin"):
+        return _load_file(place, dtype, sharding, weights, settings)
     if not (place / CONFIG).is_file():
         raise DataError(f"there is no pretrained model at {place}",
                         "give a folder with config.json, or a .gguf or .bin file")
     model = build_decoder(read_architecture(place / CONFIG), **settings)
     tokenizer = read_tokenizer(place, model.config.vocab_size)
     chat = read_chat_template(place, tokenizer)
+    if not weights:
+        return Backbone(model, None, tokenizer, chat)
     with open_folder(place) as source:
         params = read_parameters(source, model, dtype=dtype, sharding=sharding)
     return Backbone(model, params, tokenizer, chat)
+
+
+def _load_file(path: Path, dtype: str | None, sharding: Shardings, weights: bool,
+               settings: dict[str, Any]) -> Backbone:
+    if path.suffix == ".gguf":
+        from hippocampus.backbones.gguf_file import load_gguf
+
+        return load_gguf(path, dtype, sharding, settings, weights)
+    from hippocampus.backbones.llama2c import load_llama2c
+
+    return load_llama2c(path, dtype, sharding, settings, weights)
+
+
+def weights_digest(path: str | Path) -> str:
+    """A digest of the files that hold a decoder's weights: the same for the same bytes.
+
+    Args:
+      path: as for `load_backbone`.
+
+    Raises:
+      DataError: there are none.
+    """
+    place = expand(path)
+    files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+    if not files:
+        raise DataError(f"there is no pretrained model at {place}",
+                        "give a folder with config.json, or a .gguf or .bin file")
+    digest = xxhash.xxh3_128()
+    for file in files:
+        digest.update(f"{file.name if place.is_dir() else ''} {file.stat().st_size} ".encode())
+        with file.open("rb") as content:
+            while block := content.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def save_backbone(folder: str | Path, backbone: Backbone, *, dtype: str | None = None,

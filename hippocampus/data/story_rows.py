@@ -34,6 +34,20 @@ class StoryBatch(Batch):
     question_B: Bool[Array, " B"] | None = None
 
 
+class ChunkedBatch(Batch):
+    """A batch of several chunks a row, which says what each of them is.
+
+    Attributes:
+        reset_Bn: whether a story begins with the chunk.
+        question_Bn: whether it holds questions rather than a part of the story.
+        story_Bn: number of the story in its split.
+    """
+
+    reset_Bn: Bool[Array, "B n"] | None = None
+    question_Bn: Bool[Array, "B n"] | None = None
+    story_Bn: Int32[Array, "B n"] | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class StoryStreams:
     """An endless stream of rows for every user, cut into batches by step number.
@@ -73,10 +87,7 @@ class StoryStreams:
         if self.chunk < 1:
             raise ConfigError(f"data.context={self.context} has no room for a story",
                               "raise --config.data.context")
-        if len(self.stories) < self.batch_size:
-            raise DataError(
-                f"there are {len(self.stories)} stories for {self.batch_size} users",
-                "every row of a batch reads stories of its own: lower train.batch_size")
+        self._check_users()
         # The last id of an answer is only a target.
         longest, story = max(((one.length - 1, i) for i, asked in enumerate(self.questions)
                               for one in asked), default=(0, 0))
@@ -85,6 +96,12 @@ class StoryStreams:
                 f"a question about {self.stories.names[story][:60]!r} has {longest} tokens with "
                 f"its answer, and a row has data.context={self.context}",
                 "raise --config.data.context")
+
+    def _check_users(self) -> None:
+        if len(self.stories) < self.batch_size:
+            raise DataError(
+                f"there are {len(self.stories)} stories for {self.batch_size} users",
+                "every row of a batch reads stories of its own: lower train.batch_size")
 
     @property
     def chunk(self) -> int:
@@ -145,13 +162,11 @@ class StoryStreams:
 
     def _ask(self, into: dict[str, np.ndarray], story: int, place: int, visit: int) -> None:
         """Fill a row with questions."""
-        layout = self._layouts[story]
         key = mix(np.uint64(visit) ^ mix(np.uint64(story)))
-        row = int(permute(np.array(place), len(layout), int(key)))
         at = 0
-        for document, number in enumerate(layout[row], start=1):
+        for document, number in enumerate(self._asked(story, place, key), start=1):
             asked = self.questions[story][number]
-            choice = int(mix(key ^ np.uint64(number + 1)) % np.uint64(len(asked.answers)))
+            choice = self._choice(len(asked.answers), key ^ np.uint64(number + 1))
             ids = np.concatenate((asked.prompt, asked.answers[choice]))
             n = len(ids) - 1
             into["tokens_BT"][at : at + n] = ids[:-1]
@@ -160,6 +175,15 @@ class StoryStreams:
             into["document_ids_BT"][at : at + n] = document
             into["positions_BT"][at : at + n] = np.arange(n)
             at += n
+
+    def _asked(self, story: int, place: int, key: np.ndarray) -> Sequence[int]:
+        """The questions of a row: a row of the story's, chosen anew every time."""
+        layout = self._layouts[story]
+        return layout[int(permute(np.array(place), len(layout), int(key)))]
+
+    def _choice(self, n: int, key: np.ndarray) -> int:
+        """Which of n answers."""
+        return int(mix(key) % np.uint64(n))
 
     def _place(self, user: int, step: int) -> tuple[int, int]:
         """The story that a user is at, and the row of it."""
@@ -192,7 +216,7 @@ class StoryStreams:
             load, user = heapq.heappop(least)
             dealt[user].append(int(story))
             heapq.heappush(least, (load + int(self._rows[story]), user))
-        return tuple(np.array(own) for own in dealt)
+        return tuple(np.array(own, np.int64) for own in dealt)
 
     @cached_property
     def _loads(self) -> np.ndarray:

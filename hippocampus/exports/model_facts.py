@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
-from hippocampus.config import EquilibriumConfig, HybridConfig, depth, layer_paths
+from hippocampus.config import (
+    CHopTConfig,
+    EquilibriumConfig,
+    HybridConfig,
+    depth,
+    layer_paths,
+)
 
 Rows = tuple[tuple[str, str], ...]
 
@@ -90,9 +97,21 @@ def _equilibrium(model: EquilibriumConfig) -> ModelFacts:
     return ModelFacts(tuple(rows), tags, f"{outline}; width {model.d_model}")
 
 
+def _chopt(model: CHopTConfig) -> ModelFacts:
+    memory, backbone = model.memory, model.backbone
+    trained = {"none": "not trained", "lora": f"with trained adapters of rank {model.lora.rank}",
+               "full": "trained"}[backbone.train]
+    name = Path(backbone.path).name or "a pretrained decoder"
+    slots = f"{memory.n_slots:,} slots, {memory.strategy}, {memory.n_heads} heads"
+    return ModelFacts(
+        (("decoder", f"{name}, {trained}"),
+         ("memory", f"{slots}, at most {memory.n_writes} writes from {memory.select} a chunk")),
+        (_TAGS["hopfield"],), f"{name}, {trained}; a memory of {slots}")
+
+
 def _count(n: int, what: str) -> str:
     return f"{n} {what}{'s' * (n != 1)}"
 
 
 _FAMILIES: dict[str, Callable[[Any], ModelFacts]] = {
-    "hybrid": _hybrid, "equilibrium": _equilibrium}
+    "hybrid": _hybrid, "equilibrium": _equilibrium, "chopt": _chopt}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 
+from hippocampus.backbones.hub_tokenizer import HubTokenizer
 from hippocampus.backbones.loading import is_backbone
 from hippocampus.config import Config
 from hippocampus.config_files import read_json
@@ -19,6 +20,7 @@ from hippocampus.files import read_object
 from hippocampus.generation.language_model import LanguageModel
 from hippocampus.generation.pretrained import load_pretrained
 from hippocampus.models.build_model import build_model, parameter_shapes
+from hippocampus.models.halves import check_backbone, read_frozen, trained_shapes, whole
 from hippocampus.runs.checkpoints import Checkpoints
 from hippocampus.runs.run_folder import RunFolder
 
@@ -60,11 +62,12 @@ def _load_run(folder: RunFolder, weights: str, step: int | None,
                         "hippocampus.train --config=configs/quickstart.py")
     config, automatic = read_json(folder.config)
     config, _ = resolve(config, automatic=automatic)
-    tokenizer = Tokenizer.load(folder.tokenizer)
+    tokenizer = _tokenizer(folder.tokenizer, config)
     saved = (read_object(folder.data, "restore it from a copy") if folder.data.exists() else {})
     _check_tokenizer(folder.tokenizer, tokenizer, str(saved.get("tokenizer", tokenizer.digest)),
                      config)
     model = build_model(config)
+    check_backbone(config, folder.backbone)
     if not folder.steps.is_dir():
         raise CheckpointError(f"{folder.path} has no checkpoint yet", "let it train a little")
     def warn(line: str) -> None:
@@ -77,8 +80,9 @@ def _load_run(folder: RunFolder, weights: str, step: int | None,
             raise CheckpointError(f"{folder.path} has no checkpoint yet", "let it train a little")
         name = "ema" if weights == "ema" and config.ema.decay else "params"
         like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
-                            parameter_shapes(model))
-        params = checkpoints.restore(chosen, {name: like})[name]
+                            trained_shapes(model))
+        trained = checkpoints.restore(chosen, {name: like})[name]
+    params = whole(model, trained, read_frozen(model, config, sharding))
     return LanguageModel(model, params, tokenizer, config, chosen)
 
 
@@ -97,10 +101,17 @@ def _load_export(folder: Path, weights: str, step: int | None,
         model = build_model(config)
     except ConfigError as error:
         raise DataError(f"{folder / CONFIG}: {error.message}", error.hint) from None
-    tokenizer = Tokenizer.load(folder / TOKENIZER)
+    tokenizer = _tokenizer(folder / TOKENIZER, config)
     _check_tokenizer(folder / TOKENIZER, tokenizer, record.tokenizer, config)
     params = read_parameters(folder / WEIGHTS, parameter_shapes(model), record, sharding)
     return LanguageModel(model, params, tokenizer, config, record.step)
+
+
+def _tokenizer(path: Path, config: Config) -> Tokenizer:
+    """A folder's tokenizer; that of a pretrained decoder begins and ends texts in its own way."""
+    if hasattr(config.model, "backbone"):
+        return HubTokenizer.load(path, config.model.backbone.end_ids)
+    return Tokenizer.load(path)
 
 
 def _check_tokenizer(path: Path, tokenizer: Tokenizer, then: str, config: Config) -> None:

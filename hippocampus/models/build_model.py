@@ -10,28 +10,39 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from hippocampus.config import Config
+from hippocampus.backbones.architecture import Architecture, parse_architecture
+from hippocampus.backbones.loading import load_backbone
+from hippocampus.config import CHopTConfig, Config
+from hippocampus.config_memory import check_memory
 from hippocampus.devices import Device, resolve
+from hippocampus.errors import ConfigError
+from hippocampus.layers.lora import LoRA
+from hippocampus.models.chopt import CHopT
 from hippocampus.models.equilibrium_lm import EquilibriumLM
 from hippocampus.models.hybrid_lm import HybridLM
 
-LM = HybridLM | EquilibriumLM
+LM = HybridLM | EquilibriumLM | CHopT
 """A model of any family."""
 
 FAMILIES: dict[str, Callable[[Any], Any]] = {
     "hybrid": lambda config: HybridLM(config.model, _flow_width(config)),
-    "equilibrium": lambda config: EquilibriumLM(config.model)}
+    "equilibrium": lambda config: EquilibriumLM(config.model),
+    "chopt": lambda config: _chopt(config.model, config.data.context)}
 
 
 def build_model(config: Config, device: Device | None = None) -> Any:
     """The Flax module of a config; reads no data and no weights.
+
+    Of a pretrained decoder it reads what its files say of it, where the config does not.
 
     Args:
       config: from `load_config`; fields that are still "auto" are resolved for the device.
       device: default: the one that JAX sees first.
 
     Raises:
-      ConfigError: a backend that this device does not have.
+      ConfigError: a backend that this device does not have, or settings that do not fit a
+        pretrained decoder.
+      DataError: a pretrained decoder that is not there, or not supported.
     """
     config, _ = resolve(config, device)
     return FAMILIES[config.model.family](config)
@@ -64,3 +75,28 @@ def count_parameters(model: LM) -> int:
 def _flow_width(config: Config) -> int:
     flow = config.loss.rectified_flow
     return flow.width if flow.segment_weight else 0
+
+
+def _chopt(model: CHopTConfig, context: int) -> CHopT:
+    lora, architecture = model.lora, architecture_of(model)
+    check_memory(model.memory, architecture.d_model)
+    adapters = LoRA(lora.rank, lora.alpha, lora.dropout, lora.rslora, lora.targets)
+    return CHopT(architecture, model.memory, model.chunk or context, model.compute_dtype,
+                 model.scan_layers, model.remat, model.backend,
+                 train_backbone=model.backbone.train, lora=adapters)
+
+
+def architecture_of(model: CHopTConfig) -> Architecture:
+    """The pretrained decoder of a config: as it says itself, else as the decoder's files say.
+
+    Raises:
+      ConfigError: the config names none.
+      DataError: it is not there, or not supported.
+    """
+    backbone = model.backbone
+    if backbone.architecture:
+        return parse_architecture(backbone.architecture)
+    if not backbone.path:
+        raise ConfigError("model.backbone.path is empty", "name the folder or file of a pretrained "
+                          "decoder with --config.model.backbone.path")
+    return load_backbone(backbone.path, weights=False).model.config

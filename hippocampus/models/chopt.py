@@ -10,14 +10,15 @@ token can know of earlier chunks came through the memory. A chunk is read before
 that no token sees itself or what follows. At first a = 0, and the logits are the decoder's.
 
 Gradients run through the chunks of a row, from a read back into the writes before it; what a row
-hands on to the next one is detached by the training step.
+hands on to the next one is detached by the training step. Of the decoder nothing is trained,
+adapters beside its matrices, or all of it (`train_backbone`, hippocampus.models.halves).
 
 Source: segments that hand on a memory, Bulatov et al. 2022 (arXiv:2207.06881), section 3.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,9 @@ from hippocampus.backbones.decoder import Decoder, DecoderCache
 from hippocampus.backbones.loading import build_decoder
 from hippocampus.config_memory import MemoryConfig
 from hippocampus.data.batches import Batch
+from hippocampus.data.story_rows import ChunkedBatch
 from hippocampus.layers.edits import Edit, no_edit, scoped
+from hippocampus.layers.lora import LoRA, init_adapters, with_adapters
 from hippocampus.layers.memory_bank import MODES, MemoryBank
 from hippocampus.ops.cross_entropy import Head, token_nll
 from hippocampus.ops.memory_state import MemoryState, choose_users, empty_state
@@ -61,6 +64,8 @@ class CHopT(nn.Module):
       memory: settings of the memory.
       chunk: tokens of a chunk; 0 = a row is one.
       compute_dtype, scan_layers, remat, backend: as of `Decoder`.
+      train_backbone: "none", "lora" or "full".
+      lora: which matrices have adapters, with "lora".
       edit: of the decoder's names and "memory.<name>" of `MemoryBank`.
     """
 
@@ -71,6 +76,8 @@ class CHopT(nn.Module):
     scan_layers: bool = True
     remat: str = "none"
     backend: str = "xla"
+    train_backbone: str = "none"
+    lora: LoRA = LoRA()
     edit: Edit = no_edit
 
     flow_width: ClassVar[int] = 0
@@ -93,12 +100,17 @@ class CHopT(nn.Module):
           tokens_BT: token ids below `vocab_size`.
 
         Returns:
-          logits_BTV (float32, V = vocab_size), and the named intermediates.
+          logits_BTV (float32, V = vocab_size), and the named intermediates, which cover whole
+          chunks.
         """
-        batch = Batch(tokens_BT, tokens_BT, jnp.ones(tokens_BT.shape, jnp.float32))
+        T = tokens_BT.shape[1]
+        padding = -T % min(self.chunk or T, T)
+        tokens = jnp.pad(tokens_BT, ((0, 0), (0, padding)))
+        ids = jnp.pad(jnp.ones_like(tokens_BT), ((0, 0), (0, padding))) if padding else None
+        batch = Batch(tokens, tokens, jnp.ones(tokens.shape, jnp.float32), ids)
         hidden_BTD, out, _ = self.forward(batch)
         head = self.head(self.variables["params"])
-        return head.logits(hidden_BTD)[..., :self.config.vocab_size], out
+        return head.logits(hidden_BTD)[:, :T, :self.config.vocab_size], out
 
     def forward(
         self, batch: Batch, state: dict | None = None, *,
@@ -109,7 +121,9 @@ class CHopT(nn.Module):
         Args:
           batch: tokens; `document_ids_BT` is 0 for padding, which neither reads nor is written; a
             row starts with a new memory where `reset_B` says so, and everywhere without it. Rows
-            with `question_B` (hippocampus.data.story_rows) read and do not write.
+            with `question_B` (hippocampus.data.story_rows) read and do not write. `reset_Bn` and
+            `question_Bn` say the same of every chunk of a row, and then chunks without reset go on
+            with the memory before them.
           state: {"memory": MemoryState} of the users of the rows; None or {} = new ones.
           interventions: what calls do to the memory, as places in `memory_bank.MODES`: one for all
             rows or one a row; None = what the batch says.
@@ -124,7 +138,7 @@ class CHopT(nn.Module):
           ValueError: rows that are no whole number of chunks, or memories of other users.
         """
         B, T = batch.tokens_BT.shape
-        C = self.chunk or T
+        C = min(self.chunk or T, T)
         if T % C:
             raise ValueError(f"a row has {T} tokens, which is no whole number of chunks of {C}")
         memory = self._memory_before(batch, state, B)
@@ -145,12 +159,14 @@ class CHopT(nn.Module):
                   "mask": by_chunk(mask_BT.reshape(-1, C))}
         if self.memory.select == "surprise":
             inputs["surprise"] = by_chunk(self._surprise(out["final"], chunks[0]))
-        mode_B = self._mode(batch, interventions, B)
+        inputs |= self._by_chunk(batch, interventions, B, T // C)
         bank, variables = self._bank(), {"params": self.bank_params}
 
         def step(memory: MemoryState, chunk: dict[str, Array]) -> tuple[MemoryState, Any]:
+            if "reset" in chunk:
+                memory = cast(Any, bank.apply(variables, memory, chunk["reset"], method="reset"))
             found: Any = bank.apply(
-                variables, chunk["x"], memory, chunk["mask"], mode=mode_B,
+                variables, chunk["x"], memory, chunk["mask"], mode=chunk["mode"],
                 surprise_BT=chunk.get("surprise"), tokens_BT=chunk["tokens"])
             x_BCD, parts, memory = found
             return memory, (x_BCD, parts)
@@ -217,6 +233,36 @@ class CHopT(nn.Module):
         return {"params": self.decode_params(params)}
 
     @nn.nowrap
+    def trained(self, params: Any, key: Array) -> Any:
+        """What is trained: the memory's parameters, and the decoder's or adapters of it.
+
+        Args:
+          params: all parameters, or their shapes.
+          key: random key of the adapters.
+        """
+        if self.train_backbone == "full":
+            return params
+        memory = {"memory_bank": params["memory_bank"]}
+        if self.train_backbone == "none":
+            return memory
+        return {**memory, "lora": init_adapters(key, params["backbone"], self.lora)}
+
+    @nn.nowrap
+    def frozen(self, params: Any) -> Any:
+        """What is not trained: the decoder's parameters, unless all of them are."""
+        return {} if self.train_backbone == "full" else {"backbone": params["backbone"]}
+
+    @nn.nowrap
+    def whole(self, trained: Any, frozen: Any) -> Any:
+        """All parameters, adapters beside their matrices."""
+        if self.train_backbone == "full":
+            return trained
+        backbone = frozen["backbone"]
+        if self.train_backbone == "lora":
+            backbone = with_adapters(backbone, trained["lora"], self.lora)
+        return {"backbone": backbone, "memory_bank": trained["memory_bank"]}
+
+    @nn.nowrap
     def head(self, params: Any) -> Head:
         """The output layer of a parameter tree."""
         return self._decoder().head(params["backbone"])
@@ -257,20 +303,28 @@ class CHopT(nn.Module):
     def _memory_before(self, batch: Batch, state: dict | None, B: int) -> MemoryState:
         """The rows' memories, new where a row starts afresh."""
         bank, variables = self._bank(), {"params": self.bank_params}
-        memory: Any = (bank.apply(variables, B, method="init_state")
-                       if not state or batch.reset_B is None else
-                       bank.apply(variables, state["memory"], batch.reset_B, method="reset"))
-        found: MemoryState = memory
-        return found
+        by_chunk = isinstance(batch, ChunkedBatch)
+        if not state or (batch.reset_B is None and not by_chunk):
+            return cast(MemoryState, bank.apply(variables, B, method="init_state"))
+        before: MemoryState = state["memory"]
+        if by_chunk:
+            return before
+        return cast(MemoryState, bank.apply(variables, before, batch.reset_B, method="reset"))
 
     @nn.nowrap
-    def _mode(self, batch: Batch, asked: Array | None, B: int) -> Array:
-        question_B = getattr(batch, "question_B", None)
+    def _by_chunk(self, batch: Batch, asked: Array | None, B: int, n: int) -> dict[str, Array]:
+        """What every chunk does to the memory, and where it is new: "mode" and "reset", n,B."""
+        resets: dict[str, Array] = {}
+        question_Bn = jnp.zeros((B, 1), bool)
+        if isinstance(batch, ChunkedBatch):
+            resets = {"reset": jnp.asarray(batch.reset_Bn).T}
+            question_Bn = jnp.asarray(batch.question_Bn)
+        elif (question_B := getattr(batch, "question_B", None)) is not None:
+            question_Bn = question_B[:, None]
+        mode_Bn = jnp.where(question_Bn, READ_ONLY, 0)
         if asked is not None:
-            return jnp.broadcast_to(jnp.asarray(asked), (B,))
-        if question_B is None:
-            return jnp.zeros((B,), jnp.int32)
-        return jnp.where(question_B, READ_ONLY, 0)
+            mode_Bn = jnp.broadcast_to(jnp.asarray(asked), (B,))[:, None]
+        return {"mode": jnp.broadcast_to(mode_Bn, (B, n)).T, **resets}
 
     def _surprise(self, x_bCD: Array, tokens_bC: Array) -> Array:
         """-log p of every token by the decoder alone; 0 for the first of a chunk."""

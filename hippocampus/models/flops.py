@@ -14,9 +14,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hippocampus.config import PATHS, Config, EquilibriumConfig, HybridConfig, SSMConfig
+from hippocampus.config import (
+    PATHS,
+    CHopTConfig,
+    Config,
+    EquilibriumConfig,
+    HybridConfig,
+    SSMConfig,
+)
 from hippocampus.config_equilibrium import SolverConfig
 from hippocampus.layers.mlp import mlp_width
+from hippocampus.models.build_model import architecture_of
 from hippocampus.models.hybrid_block import BlockSpec, block_specs
 from hippocampus.ops import ssd
 from hippocampus.ops.embedding import padded_vocabulary
@@ -33,7 +41,8 @@ def training_flops_by_component(config: Config) -> dict[str, float]:
     Returns:
       FLOPs per token of "ssm", "hopfield", "attention", "mixer", "mlp", "controller", "loss" (the
       head is part of it) and "embedding" (the projection of a factorised table); of an equilibrium
-      model of "ssm", "hopfield", "mlp", "equilibrium" (what the cell reads and gives) and "loss".
+      model of "ssm", "hopfield", "mlp", "equilibrium" (what the cell reads and gives) and "loss";
+      of a CHopT of "attention", "mlp", "memory" and "loss".
     """
     return _FAMILIES[config.model.family](config.model, config.data.context)
 
@@ -141,5 +150,25 @@ def _block(model: HybridConfig, spec: BlockSpec, context: int) -> dict[str, floa
     return parts
 
 
+def _chopt(model: CHopTConfig, context: int) -> dict[str, float]:
+    """What is frozen has no gradient of its own, and what stands in front of all that is trained
+    none at all; a Gemma-3n's AltUp and per-layer inputs do not count."""
+    cfg, memory, seen = architecture_of(model), model.memory, ((model.chunk or context) + 1) / 2
+    D, inner = cfg.d_model, cfg.n_heads * cfg.head_width
+    width = memory.width or D
+    parts = {"attention": 0.0, "mlp": 0.0}
+    for spec in cfg.layers:
+        groups = cfg.n_kv_heads / cfg.n_heads if spec.source < 0 else 0.0
+        parts["attention"] += 2.0 * D * inner * (2 + 2 * groups) + 4.0 * inner * (
+            min(seen, spec.window) if spec.window else seen)
+        parts["mlp"] += 2.0 * 3 * D * spec.mlp_width
+    times = {"none": 1.0, "lora": 2.0, "full": 3.0}[model.backbone.train]
+    written = memory.n_writes / (model.chunk or context)
+    bank = 2.0 * D * width * (2 + 2 * written) + 4.0 * memory.steps * memory.n_slots * width
+    head = 2.0 * padded_vocabulary(cfg.vocab_size) * D
+    return {**{name: times * flops for name, flops in parts.items()}, "memory": 3.0 * bank,
+            "loss": (3.0 if model.backbone.train == "full" else 2.0) * head}
+
+
 _FAMILIES: dict[str, Callable[[Any, int], dict[str, float]]] = {
-    "hybrid": _hybrid, "equilibrium": _equilibrium}
+    "hybrid": _hybrid, "equilibrium": _equilibrium, "chopt": _chopt}

@@ -1,7 +1,7 @@
 """One run's folder: who may write there, and its small files.
 
-    config.json  env.json  data.json  tokenizer.json  metrics.jsonl  events.*  steps/<n>/
-    samples/  results.json  evaluations/
+    config.json  env.json  data.json  tokenizer.json  backbone.json
+    metrics.jsonl  events.*  steps/<n>/  samples/  results.json  evaluations/
     profile/                                   with --profile
     rollbacks.json  bad_batches/  stacks/      only where something went wrong
 """
@@ -70,6 +70,11 @@ class RunFolder:
     def data(self) -> Path:
         """Which text, and how much of it."""
         return self.path / "data.json"
+
+    @property
+    def backbone(self) -> Path:
+        """Which pretrained decoder; only of a model that has one."""
+        return self.path / "backbone.json"
 
     @property
     def metrics(self) -> Path:

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from hippocampus.backbones.hub_tokenizer import HubTokenizer
+from hippocampus.backbones.loading import load_backbone
 from hippocampus.config import Config
 from hippocampus.config_recall import task_of
 from hippocampus.data.batches import Batch, ShuffledWindows, Streams
@@ -20,13 +22,15 @@ from hippocampus.data.evaluation_windows import EvaluationWindows
 from hippocampus.data.shards import TokenSplit, token_split
 from hippocampus.data.tokenizers import Tokenizer
 from hippocampus.data.vocabularies import bpe_shortfall, build_tokenizer
-from hippocampus.errors import ConfigError
+from hippocampus.errors import ConfigError, DataError
 from hippocampus.evaluation.evaluate import Evaluation, evaluate
 from hippocampus.evaluation.held_out import HeldOutText, take_split
 from hippocampus.evaluation.ngrams import ngram_lines, smoothing_note
 from hippocampus.evaluation.report import Windows
+from hippocampus.models.halves import backbone_path
 from hippocampus.training.recall_data import make_recall_data
 from hippocampus.training.run_data import RunData
+from hippocampus.training.story_data import read_stories
 
 
 @dataclass(frozen=True)
@@ -134,11 +138,15 @@ def read_data(config: Config) -> RunData:
         `sample.prompt`.
     """
     data: RunData
+    own = _backbone_tokenizer(config)
     if task_of(config.data):
         data = make_recall_data(config)
         _check_prompt(config, data.tokenizer)
+    elif own is not None and config.data.form == "stories":
+        _check_prompt(config, own)
+        data = read_stories(config, own)
     else:
-        data = _read_text(config)
+        data = _read_text(config, own)
     data.batches(config)  # refuses a text shorter than a window
     data.windows(config, 0)
     return data
@@ -149,13 +157,25 @@ def _check_prompt(config: Config, tokenizer: Tokenizer) -> None:
         raise ConfigError("sample.prompt is empty", "give at least one character")
 
 
-def _read_text(config: Config) -> TrainingData:
+def _backbone_tokenizer(config: Config) -> HubTokenizer | None:
+    """That of a pretrained decoder, if there is one."""
+    if not hasattr(config.model, "backbone"):
+        return None
+    path = backbone_path(config)
+    tokenizer = load_backbone(path, weights=False).tokenizer
+    if tokenizer is None:
+        raise DataError(f"there is no tokenizer beside {path}",
+                        "put the tokenizer.json of the model there")
+    return tokenizer
+
+
+def _read_text(config: Config, own: Tokenizer | None) -> TrainingData:
     corpus = open_corpus(config.data)
-    tokenizer = build_tokenizer(config.data, corpus)
+    tokenizer = own or build_tokenizer(config.data, corpus)
     _check_prompt(config, tokenizer)
     return TrainingData(corpus, tokenizer, token_split(corpus, tokenizer, "train"),
                         token_split(corpus, tokenizer, "validation"),
-                        bpe_shortfall(config.data, tokenizer))
+                        "" if own else bpe_shortfall(config.data, tokenizer))
 
 
 def with_steps(config: Config, data: RunData) -> Config:

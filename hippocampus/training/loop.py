@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from hippocampus import __version__, distributed
 from hippocampus.config import Config
-from hippocampus.config_files import fields, to_json
+from hippocampus.config_files import fields
 from hippocampus.data.batches import Batch
 from hippocampus.data.prefetch import prefetch
 from hippocampus.devices import check_deterministic, resolve
@@ -33,7 +33,6 @@ from hippocampus.runs.run_folder import (
     RunFolder,
     RunLock,
     cut_metrics,
-    environment,
     read_metrics,
 )
 from hippocampus.training import rollback, sharding
@@ -42,9 +41,9 @@ from hippocampus.training.console import RunConsole
 from hippocampus.training.data import read_data, with_steps
 from hippocampus.training.guard import released, statistics_of, zeros_like
 from hippocampus.training.kept_step import KeptStep, kept_step, waits_for
+from hippocampus.training.opening import from_files, open_folder, with_architecture
 from hippocampus.training.optimizer import build_optimizer
 from hippocampus.training.report import conclude, greet
-from hippocampus.training.resume import check_resumable
 from hippocampus.training.rollback import Rollbacks
 from hippocampus.training.run import Interrupted, Run, StepWatcher, due, look, look_is_due
 from hippocampus.training.run_data import RunData
@@ -113,6 +112,7 @@ def _fit(config: Config, workdir: str | Path | None, allow_changes: Collection[s
     first = distributed.is_first()  # the one process that writes and prints
     if first:
         folder.check_usable()
+    config = with_architecture(config)
     resolve(config)  # refuses what this device lacks before anything is read
     check_deterministic(config)
     mesh = sharding.make_mesh(config.mesh)
@@ -134,7 +134,7 @@ def _fit(config: Config, workdir: str | Path | None, allow_changes: Collection[s
     lock = RunLock(folder) if first else None
     try:
         if first:
-            _open_folder(folder, config, automatic, allow_changes, data, console)
+            open_folder(folder, config, automatic, allow_changes, data, console)
         distributed.barrier()
         greet(console, config, folder, data, model)
         with Checkpoints(folder.steps, config.checkpoint, console.say,
@@ -149,23 +149,6 @@ def _fit(config: Config, workdir: str | Path | None, allow_changes: Collection[s
         if lock is not None:
             lock.release()
     return folder.path
-
-
-def _open_folder(folder: RunFolder, config: Config, automatic: tuple[str, ...],
-                 allow_changes: Collection[str], data: RunData, console: RunConsole) -> None:
-    """Checks that a run can go on, or begins one; config.json marks it and is written last."""
-    if folder.is_run():
-        for line in check_resumable(folder, config, automatic, allow_changes):
-            console.say(line)
-        changes = data.check_same_as(folder, allow_changes)
-        for line in changes:
-            console.say(line)
-        if changes:
-            data.save(folder)
-    else:
-        data.save(folder)
-    write_atomically(folder.environment, _json(environment()))
-    write_atomically(folder.config, to_json(config, automatic))
 
 
 class _GoBack(Exception):
@@ -192,9 +175,10 @@ def _train(job: _Job, started: float) -> bool:
         found = job.checkpoints.restore_newest(
             like.trees(), before=before, optional=("guard", "carried"))
         if found is None:
-            return 0, first_state
+            return 0, partial(from_files, config, job.model, like, first_state, True)
         step, trees = found
-        return step, lambda: TrainState.from_trees(trees, like)
+        return step, partial(from_files, config, job.model, like,
+                             lambda: TrainState.from_trees(trees, like), False)
 
     done, make_state = restore()
     state = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -74,8 +75,8 @@ def training_loss(
             sums.update({name: terms[name] for name, used in (
                 ("z", loss_config.z_weight), ("smoothing", loss_config.label_smoothing)) if used})
 
-    regularisers = flow_terms if config.model.family == "hybrid" else equilibrium_terms
-    for name, (scale, value) in regularisers(model, params, batch, out, key_terms, config).items():
+    for name, (scale, value) in _REGULARISERS[config.model.family](
+            model, params, batch, out, key_terms, config).items():
         sums[name] = value
         total = total + scale * value
     sums["total"] = total
@@ -108,3 +109,8 @@ def flow_terms(model: Any, params: Any, batch: Batch, out: dict[str, Array], key
                                       for i in range(config.model.n_layers))]
         terms["flow_depth"] = flow.depth_weight, (weight_BT * depth_straightness(states)).sum()
     return terms
+
+
+_REGULARISERS: dict[str, Callable[..., Terms]] = {
+    "hybrid": flow_terms, "equilibrium": equilibrium_terms, "chopt": lambda *_: {}}
+"""Of each model family: what is added to the cross-entropy."""

@@ -19,7 +19,8 @@ from hippocampus.evaluation.evaluate import Evaluation
 from hippocampus.evaluation.report import Report, Windows, make_report
 from hippocampus.files import write_atomically
 from hippocampus.generation.language_model import LanguageModel
-from hippocampus.models.build_model import count_parameters, parameter_shapes
+from hippocampus.models.build_model import count_parameters
+from hippocampus.models.halves import frozen_shapes, read_frozen, trained_shapes, whole
 from hippocampus.runs.checkpoints import Checkpoints
 from hippocampus.runs.run_folder import RunFolder
 from hippocampus.training import sharding
@@ -44,7 +45,7 @@ def conclude(console: RunConsole, config: Config, folder: RunFolder, data: RunDa
     console.stop()
     checkpoints.wait()
     step = distributed.from_first(checkpoints.best_good() if distributed.is_first() else None)
-    shapes = parameter_shapes(model)
+    shapes = trained_shapes(model)
     like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes,
                         sharding.tree_shardings(mesh, shapes, config.mesh.rules))
     trees = {"raw": "params", **({"ema": "ema"} if config.ema.decay else {})}
@@ -55,8 +56,10 @@ def conclude(console: RunConsole, config: Config, folder: RunFolder, data: RunDa
             raise Stopped(f"{number.name}: nothing was left to save", AGAIN)
         return sharding.to_devices(batch, mesh)
 
+    frozen = read_frozen(model, config, sharding.tree_shardings(
+        mesh, frozen_shapes(model, config), config.mesh.rules))
     for name, tree in trees.items():  # the last one is the one that counts
-        params = checkpoints.restore(step, {tree: like})[tree]
+        params = whole(model, checkpoints.restore(step, {tree: like})[tree], frozen)
         with sharding.around(mesh):
             scored[name] = data.score(model, params, windows, place)
     params = sharding.to_one_device(params, mesh)

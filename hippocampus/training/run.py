@@ -20,6 +20,7 @@ from hippocampus.data.prefetch import BatchSource
 from hippocampus.errors import Diverged
 from hippocampus.files import write_atomically
 from hippocampus.generation.language_model import LanguageModel
+from hippocampus.models.halves import whole
 from hippocampus.runs.checkpoints import Checkpoints
 from hippocampus.runs.run_folder import RunFolder
 from hippocampus.training import equilibrium, sharding
@@ -199,7 +200,7 @@ def _evaluate(run: Run, state: TrainState, step: int) -> float:
     windows = run.data.windows(run.config, run.config.eval.max_windows)
     with sharding.around(run.mesh):
         values = eval_values("eval", {
-            name: run.data.score(run.model, params, windows, place)
+            name: run.data.score(run.model, whole(run.model, params, state.frozen), windows, place)
             for name, params in (("raw", state.params), ("ema", state.ema)) if params})
     run.trackers.scalars(step, values)
     raw = f" (raw weights {values['eval/loss_raw']:.4f})" if state.ema else ""
@@ -212,7 +213,7 @@ def _evaluate(run: Run, state: TrainState, step: int) -> float:
 def _draw(run: Run, state: TrainState, step: int, batch: Batch) -> None:
     """Writes histograms of what the model did on a batch, which lies on the mesh."""
     with sharding.around(run.mesh):
-        values = _distributions(run.model, state.params, batch)
+        values = _distributions(run.model, whole(run.model, state.params, state.frozen), batch)
     for name, array in sharding.to_host(values, run.mesh).items():
         run.trackers.histogram(step, name, array.ravel())
 
@@ -225,7 +226,8 @@ def _distributions(model: Any, params: Any, batch: Batch) -> dict[str, jax.Array
 
 def _sample(run: Run, state: TrainState, step: int) -> None:
     """Writes a text with the averaged weights."""
-    params = sharding.to_one_device(state.ema or state.params, run.mesh)
+    params = sharding.to_one_device(
+        whole(run.model, state.ema or state.params, state.frozen), run.mesh)
     if not distributed.is_first():
         return
     lm = LanguageModel(run.model, params, run.data.tokenizer, run.config)

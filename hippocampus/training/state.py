@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from hippocampus.config import Config, GuardConfig
 from hippocampus.data.batches import Batch
 from hippocampus.models.build_model import initialise
+from hippocampus.models.halves import trained_half
 from hippocampus.training.guard import Guard, first_guard, zeros_like
 
 
@@ -22,12 +23,13 @@ class TrainState:
 
     Attributes:
       step: steps done, the skipped ones too; the optimizer has a count of its own updates.
-      params: float32 parameter tree.
+      params: float32 parameter tree: what is trained (`hippocampus.models.halves`).
       ema: the running average, or {} when it is off.
       opt_state: of optax.
       key: the run's random key; a step uses `fold_in(key, step)`.
       guard: skipped steps, and what they are told by (hippocampus.training.guard).
       carried: what the model's `forward` carries from batch to batch; {} for most families.
+      frozen: what of the model's parameters is not trained; in no checkpoint. {} for most families.
     """
 
     step: Int[Array, ""]
@@ -37,9 +39,10 @@ class TrainState:
     key: Array
     guard: Guard
     carried: Any = struct.field(default_factory=dict)
+    frozen: Any = struct.field(default_factory=dict)
 
     def trees(self) -> dict[str, Any]:
-        """The state as the named trees of a checkpoint."""
+        """The state as the named trees of a checkpoint, without what is never changed."""
         trees = {"params": self.params, "optimizer": self.opt_state, "guard": self.guard,
                  "progress": {"step": self.step, "key": self.key}}
         some = {"ema": self.ema, "carried": self.carried}
@@ -75,7 +78,7 @@ def init_state(model: Any, optimizer: optax.GradientTransformation, config: Conf
     """
     key = jax.random.key(config.train.seed) if key is None else key
     key_params, key_run = jax.random.split(key)
-    params = initialise(model)(key_params)
+    params = trained_half(model, initialise(model)(key_params), jax.random.fold_in(key_params, 0))
     # A copy: the step donates its buffers, and no buffer may be donated twice.
     ema = jax.tree.map(jnp.copy, params) if config.ema.decay else {}
     return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), key_run,

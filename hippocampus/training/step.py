@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from hippocampus import xla_flags
 from hippocampus.config import Config
 from hippocampus.data.batches import Batch
+from hippocampus.models.halves import frozen_shapes, whole
 from hippocampus.training import sharding
 from hippocampus.training.equilibrium import skips_expansion, too_few_converge
 from hippocampus.training.guard import broken_tokens, judge, unless
@@ -36,11 +37,11 @@ def train_step(model: Any, optimizer: optax.GradientTransformation, config: Conf
     schedule = learning_rate_schedule(config.optimizer, config.train.steps)
     k = config.train.grad_accumulation
 
-    def gradients(params: Any, batch: Batch, carried: Any, key: Array,
+    def gradients(params: Any, frozen: Any, batch: Batch, carried: Any, key: Array,
                   progress: Array) -> tuple[Any, dict[str, Array], Any]:
         def loss(params: Any) -> tuple[Array, tuple[dict[str, Array], Any]]:
-            total, (sums, out, after) = training_loss(model, params, batch, key, config, carried,
-                                                      progress)
+            total, (sums, out, after) = training_loss(
+                model, whole(model, params, frozen), batch, key, config, carried, progress)
             return total, ({**sums, **model.statistics(out, batch.loss_weight_BT)}, after)
 
         grads, (sums, after) = jax.grad(loss, has_aux=True)(params)
@@ -49,7 +50,7 @@ def train_step(model: Any, optimizer: optax.GradientTransformation, config: Conf
     # To trace a model takes seconds. Inlined, its shapes and the loop's body share one trace.
     traced_once = jax.jit(gradients, inline=True)
 
-    def accumulate(params: Any, batch: Batch, carried: Any, key: Array,
+    def accumulate(params: Any, frozen: Any, batch: Batch, carried: Any, key: Array,
                    progress: Array) -> tuple[Any, dict[str, Array], Any]:
         # Every k-th row, not every k-th block: a device's rows stay on the device.
         micro = jax.tree.map(
@@ -57,13 +58,13 @@ def train_step(model: Any, optimizer: optax.GradientTransformation, config: Conf
             (batch, carried))
 
         def add(total: Any, part: tuple[Batch, Any, Array]) -> tuple[Any, Any]:
-            *found, after = traced_once(params, *part, progress)
+            *found, after = traced_once(params, frozen, *part, progress)
             with jax.named_scope("optimizer"):
                 return jax.tree.map(jnp.add, total, found), after
 
         keys = jax.random.split(key, k)
         first = jax.tree.map(lambda a: a[0], micro)
-        *shapes, _ = jax.eval_shape(traced_once, params, *first, keys[0], progress)
+        *shapes, _ = jax.eval_shape(traced_once, params, frozen, *first, keys[0], progress)
         with jax.named_scope("optimizer"):
             zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
         (grads, sums), after = jax.lax.scan(add, zero, (*micro, keys))
@@ -74,7 +75,7 @@ def train_step(model: Any, optimizer: optax.GradientTransformation, config: Conf
         key = jax.random.fold_in(state.key, state.step)
         progress = state.step / config.train.steps
         grads, sums, carried = (gradients if k == 1 else accumulate)(
-            state.params, batch, state.carried, key, progress)
+            state.params, state.frozen, batch, state.carried, key, progress)
         weight = jnp.maximum(sums.pop("weight"), 1.0)
         means = {name: total / weight for name, total in sums.items()}
         with jax.named_scope("optimizer"):
@@ -95,7 +96,7 @@ def train_step(model: Any, optimizer: optax.GradientTransformation, config: Conf
                 skip, (*update(state, grads), carried),
                 (state.params, state.ema, state.opt_state, state.carried))
         return TrainState(state.step + 1, params, ema, opt_state, state.key, guard,
-                          carried), metrics
+                          carried, state.frozen), metrics
 
     def update(state: TrainState, grads: Any) -> tuple[Any, Any, optax.OptState]:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -141,8 +142,8 @@ def sharded_init(model: Any, optimizer: optax.GradientTransformation, config: Co
     """How to make the first state where it belongs.
 
     Returns:
-      A function that makes it, its abstract form (shapes with shardings, for a restore), and the
-      shardings.
+      A function that makes it but for what is frozen, which is read from files; its abstract form
+      (shapes with shardings, for a restore), and the shardings.
     """
     # As numpy, because every process of a run has it.
     seed = np.asarray(jax.random.key_data(jax.random.key(config.train.seed)))
@@ -151,8 +152,11 @@ def sharded_init(model: Any, optimizer: optax.GradientTransformation, config: Co
         return init_state(model, optimizer, config, jax.random.wrap_key_data(seed))
 
     shapes = jax.eval_shape(make, seed)
-    shardings = sharding.tree_shardings(mesh, shapes, config.mesh.rules).replace(
+    made = sharding.tree_shardings(mesh, shapes, config.mesh.rules).replace(
         carried=jax.tree.map(lambda a: sharding.batch_sharding(mesh, 1), shapes.carried))
+    shapes = shapes.replace(frozen=frozen_shapes(model, config))
+    shardings = made.replace(
+        frozen=sharding.tree_shardings(mesh, shapes.frozen, config.mesh.rules))
     like = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
-    return functools.partial(jax.jit(make, out_shardings=shardings), seed), like, shardings
+    return functools.partial(jax.jit(make, out_shardings=made), seed), like, shardings
