@@ -13,6 +13,7 @@ from hippocampus.errors import ConfigError, DataError
 from hippocampus.evaluation.evaluate import evaluate
 from hippocampus.evaluation.report import Windows
 from hippocampus.evaluation.stand_alone import held_out_split
+from hippocampus.evaluation.story_scores import StoryText, score_stories
 from hippocampus.exports.folder import (
     CARD,
     CONFIG,
@@ -31,6 +32,7 @@ from hippocampus.files import write_atomically
 from hippocampus.generation.language_model import LanguageModel
 from hippocampus.generation.loading import load
 from hippocampus.models.build_model import count_parameters
+from hippocampus.models.halves import merged
 from hippocampus.runs.run_folder import RunFolder, environment
 
 
@@ -86,7 +88,7 @@ def export_run(path: str | Path, out: str | Path, request: Request) -> Card:
         with new_export(out, request.overwrite) as partial:
             write_atomically(partial / TOKENIZER, lm.tokenizer.to_json())
             write_atomically(partial / CONFIG, config_text(config, automatic, record))
-            write_parameters(partial / WEIGHTS, lm.params, record)
+            write_parameters(partial / WEIGHTS, merged(lm.params), record)
             card = Card(out.resolve().name, config, record, records, count_parameters(lm.model),
                         _storage_cost(folder, lm, partial, record))
             write_atomically(partial / CARD, card.render())
@@ -111,7 +113,8 @@ def _storage_cost(folder: RunFolder, before: LanguageModel, export: Path,
             reason=str(error))
     cut = Windows.of(before.config)
     windows = text.windows(cut.context, cut.stride, cut.batch_size)
-    bits = [evaluate(lm.model, lm.params, windows, text.bytes_per_token).bits_per_byte
+    bits = [(score_stories(lm.model, lm.params, windows, text) if isinstance(text, StoryText) else
+             evaluate(lm.model, lm.params, windows, text.bytes_per_token)).bits_per_byte
             for lm in (before, load(export, weights=record.weights))]
     note = (f"Measured by the export on the whole validation split, context {cut.context}, stride "
             f"{cut.stride or cut.context}.")

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool
 
+from hippocampus.backbones.hub_tokenizer import HubTokenizer
 from hippocampus.config import Config
 from hippocampus.config_files import read_json
 from hippocampus.config_recall import task_of
@@ -32,10 +33,18 @@ from hippocampus.evaluation.recall_text import (
     recall_text,
 )
 from hippocampus.evaluation.report import WEIGHTS, Report, Windows, make_report
+from hippocampus.evaluation.story_scores import (
+    STORY_NOTE,
+    StoryText,
+    answer_lines,
+    find_stories,
+    score_stories,
+    story_text,
+)
 from hippocampus.exports.folder import ExportRecord, is_export, open_export
 from hippocampus.files import check_writable, expand
 from hippocampus.generation.language_model import LanguageModel
-from hippocampus.generation.loading import load
+from hippocampus.generation.loading import load, load_tokenizer
 from hippocampus.runs.run_folder import RunFolder
 
 SPLITS = ("validation", "test")
@@ -108,14 +117,19 @@ def evaluate_run(
     out = Path(out) if out is not None else folder.evaluations
     if spread.writes:
         check_writable(out)
-    text, lines, notes = read_held_out(folder, config, Tokenizer.load(folder.tokenizer), request)
+    text, lines, notes = read_held_out(folder, config, load_tokenizer(folder.tokenizer, config),
+                                       request, answers=True)
     cut = text.windows(windows.context, windows.stride, windows.batch_size)
     models = load_weights(folder, request.weights, request.step, spread.sharding)
     parts = cut.parts if isinstance(cut, RecallWindows) else ()
-    evaluations = {
-        name: evaluate(lm.model, lm.params, track(cut, f"{WEIGHTS[name]} weights", len(cut)),
-                       text.bytes_per_token, spread.place, text.words_per_token, parts)
-        for name, lm in models.items()}
+    evaluations = {}
+    for name, lm in models.items():
+        batches = track(cut, f"{WEIGHTS[name]} weights", len(cut))
+        evaluations[name] = (
+            score_stories(lm.model, lm.params, batches, text, spread.place)
+            if isinstance(text, StoryText) else
+            evaluate(lm.model, lm.params, batches, text.bytes_per_token, spread.place,
+                     text.words_per_token, parts))
     report = make_report(evaluations, text, windows, lines, notes, config=config,
                          step=next(iter(models.values())).step, run=folder.path)
     return report, report.write(out) if spread.writes else None
@@ -188,6 +202,7 @@ def load_weights(folder: RunFolder, weights: str, step: int | None,
 def read_held_out(
     folder: RunFolder, config: Config, tokenizer: Tokenizer, request: Request,
     scored: Callable[[HeldOutText], Bool[np.ndarray, " m"] | None] = lambda text: None,
+    *, answers: bool = False,
 ) -> tuple[HeldOutText, dict[str, float], tuple[str, ...]]:
     """The text that is asked for, and the count-based lines on it.
 
@@ -195,6 +210,7 @@ def read_held_out(
       folder, config, tokenizer: of the run.
       request: which text.
       scored: which ids of the text the lines are means over; None = all.
+      answers: of stories with questions, the answers rather than the stories.
 
     Returns:
       The text, nats per token of the lines, and what is to be said of them.
@@ -206,6 +222,10 @@ def read_held_out(
         longest = choose_windows(config, request).context
         examples = _examples(folder, tokenizer, request.split, config, longest)
         return examples, recall_lines(config.data, examples), (RECALL_NOTE,)
+    if config.data.form == "stories" and answers and not request.text:
+        told = _answers(folder, tokenizer, "train", config)
+        asked = _answers(folder, tokenizer, request.split, config)
+        return asked, answer_lines(told, asked), (STORY_NOTE,)
     if request.text:
         text = read_text(expand(request.text), tokenizer)
         try:
@@ -230,6 +250,8 @@ def held_out_split(folder: RunFolder, tokenizer: Tokenizer, split: str) -> HeldO
     config, _ = _read_config(folder)
     if task_of(config.data):
         return _examples(folder, tokenizer, split, config)
+    if config.data.form == "stories":
+        return _answers(folder, tokenizer, split, config)
     return _held_out(_corpus_of(folder, config), split, tokenizer, config)
 
 
@@ -237,6 +259,13 @@ def _examples(folder: RunFolder, tokenizer: Tokenizer, split: str, config: Confi
               longest: int = 0) -> RecallText:
     _check_digest(folder, config, digest_of(config.data))
     return recall_text(config.data, split, tokenizer, longest)
+
+
+def _answers(folder: RunFolder, tokenizer: Tokenizer, split: str, config: Config) -> StoryText:
+    assert isinstance(tokenizer, HubTokenizer)
+    stories = find_stories(config)
+    _check_digest(folder, config, stories.digest)
+    return story_text(config, stories, tokenizer, split)
 
 
 def _held_out(corpus: Corpus, split: str, tokenizer: Tokenizer, config: Config) -> HeldOutText:
@@ -269,7 +298,8 @@ def _digest_of_text(folder: RunFolder) -> str:
 
 def _corpus_of(folder: RunFolder, config: Config) -> Corpus:
     """The corpus of a run, if it is still the text that the run was trained on."""
-    corpus = open_corpus(config.data)
+    corpus = (find_stories(config).corpus() if config.data.form == "stories" else
+              open_corpus(config.data))
     _check_digest(folder, config, corpus.digest)
     return corpus
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from hippocampus.backbones.hub_tokenizer import HubTokenizer
+from hippocampus.config import CHopTConfig, Config
 from hippocampus.data.batches import Batch
+from hippocampus.data.stories import Stories, open_stories
 from hippocampus.data.story_chunks import StoryPass, StoryWindows
-from hippocampus.data.story_tokens import QuestionTokens, StorySplit, Template
+from hippocampus.data.story_tokens import (
+    QuestionTokens,
+    StorySplit,
+    Template,
+    story_split,
+    tokenize_questions,
+)
 from hippocampus.errors import ConfigError
 from hippocampus.evaluation.evaluate import Evaluation
 from hippocampus.evaluation.held_out import HeldOutText
@@ -70,49 +79,66 @@ class StoryText(HeldOutText):
         return StoryWindows(stories, context // self.chunk, -(-max_windows // batch_size))
 
 
-def story_text(name: str, digest: str, split: str, tokenizer: Any, stories: StorySplit,
-               questions: Sequence[Sequence[QuestionTokens]], template: Template,
-               chunk: int) -> StoryText:
-    """The answers of a split, with their bytes and words.
+def find_stories(config: Config) -> Stories:
+    """The stories of a run.
 
     Args:
-      name, digest: of the stories.
-      split: "validation" or "test".
-      tokenizer: of the pretrained decoder.
-      stories, questions: of the split.
-      template: how a question is put.
-      chunk: tokens of a chunk.
+      config: with `data.form` = stories.
+
+    Raises:
+      DataError: there are none, or they are damaged.
     """
-    replies = [template.reply(one.answers[0]) for asked in stories.questions for one in asked]
+    data = config.data
+    return open_stories(data.corpus, text=data.stories.text, streaming=data.streaming)
+
+
+def story_text(config: Config, stories: Stories, tokenizer: HubTokenizer, split: str) -> StoryText:
+    """A split of stories and the answers to the questions about them.
+
+    Args:
+      config: of the run.
+      stories: from `find_stories`.
+      tokenizer: of the pretrained decoder.
+      split: "train", "validation" or "test".
+
+    Raises:
+      DataError: there is no such split, or it cannot be read.
+    """
+    template, model = Template(config.data.stories.template), config.model
+    assert isinstance(model, CHopTConfig)
+    found = story_split(stories, tokenizer, split)
+    questions = tokenize_questions(
+        found.questions, tokenizer, template, begin_id=tokenizer.begin_id,
+        end_id=next(iter(tokenizer.end_ids), None))
+    replies = [template.reply(one.answers[0]) for asked in found.questions for one in asked]
     return StoryText(
-        name, digest, split, tokenizer, stories.ids, stories.starts[:-1],
+        stories.name, stories.digest, split, tokenizer, found.ids, found.starts[:-1],
         sum(len(reply.encode()) for reply in replies), sum(len(reply.split()) for reply in replies),
-        0, stories, questions, chunk, tokenizer.begin_id)
+        0, found, questions, model.chunk or config.data.context, tokenizer.begin_id)
 
 
-def answer_lines(train: Sequence[Sequence[QuestionTokens]], text: StoryText,
-                 vocab_size: int) -> dict[str, float]:
+def answer_lines(train: StoryText, text: StoryText) -> dict[str, float]:
     """Nats per answer id of a guess among all ids, and of one by how often an id is in an answer.
 
     Args:
-      train: questions to count on.
+      train: whose answers are counted.
       text: what is predicted.
-      vocab_size: ids.
     """
-    counts = 1 + np.bincount(_answers(train), minlength=vocab_size)
+    vocab_size = text.tokenizer.vocab_size
+    counts = 1 + np.bincount(_answers(train.questions), minlength=vocab_size)
     cost = np.log(counts.sum()) - np.log(counts)
     return {"uniform": math.log(vocab_size),
             "unigram": float(cost[_answers(text.questions)].mean())}
 
 
-def score_stories(model: Any, params: Any, windows: StoryWindows, text: StoryText,
-                  place: Callable[[Batch], Batch]) -> Evaluation:
+def score_stories(model: Any, params: Any, windows: Iterable[Batch], text: StoryText,
+                  place: Callable[[Batch], Batch] = lambda batch: batch) -> Evaluation:
     """Scores the answers of every question, with a memory of its story and nothing else of it.
 
     Args:
       model: with a persistent memory.
       params: its parameters.
-      windows: of `text`.
+      windows: batches of a `StoryWindows` of `text`.
       text: for the bytes and words per prediction.
       place: puts a batch onto devices.
     """

@@ -84,7 +84,8 @@ def encode(name: str, weight: Float32[np.ndarray, "*shape"],
     """
     axis = summed_axis(name, weight.shape)
     if axis is None or storage == "float32":
-        return {name: np.ascontiguousarray(weight)}
+        # Of no dimensions it would come back with one.
+        return {name: np.ascontiguousarray(weight).reshape(weight.shape)}
     if storage == "bfloat16":
         return {name: weight.astype(ml_dtypes.bfloat16)}
     quantized, scale = quantize(weight, axis)

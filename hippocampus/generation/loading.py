@@ -62,7 +62,7 @@ def _load_run(folder: RunFolder, weights: str, step: int | None,
                         "hippocampus.train --config=configs/quickstart.py")
     config, automatic = read_json(folder.config)
     config, _ = resolve(config, automatic=automatic)
-    tokenizer = _tokenizer(folder.tokenizer, config)
+    tokenizer = load_tokenizer(folder.tokenizer, config)
     saved = (read_object(folder.data, "restore it from a copy") if folder.data.exists() else {})
     _check_tokenizer(folder.tokenizer, tokenizer, str(saved.get("tokenizer", tokenizer.digest)),
                      config)
@@ -101,14 +101,22 @@ def _load_export(folder: Path, weights: str, step: int | None,
         model = build_model(config)
     except ConfigError as error:
         raise DataError(f"{folder / CONFIG}: {error.message}", error.hint) from None
-    tokenizer = _tokenizer(folder / TOKENIZER, config)
+    tokenizer = load_tokenizer(folder / TOKENIZER, config)
     _check_tokenizer(folder / TOKENIZER, tokenizer, record.tokenizer, config)
     params = read_parameters(folder / WEIGHTS, parameter_shapes(model), record, sharding)
     return LanguageModel(model, params, tokenizer, config, record.step)
 
 
-def _tokenizer(path: Path, config: Config) -> Tokenizer:
-    """A folder's tokenizer; that of a pretrained decoder begins and ends texts in its own way."""
+def load_tokenizer(path: Path, config: Config) -> Tokenizer:
+    """A folder's tokenizer; that of a pretrained decoder begins and ends texts in its own way.
+
+    Args:
+      path: the file.
+      config: of the run.
+
+    Raises:
+      DataError: it is missing, unreadable or not a tokenizer.
+    """
     if hasattr(config.model, "backbone"):
         return HubTokenizer.load(path, config.model.backbone.end_ids)
     return Tokenizer.load(path)

@@ -186,11 +186,23 @@ def merge(params: Any, adapters: Any, lora: LoRA) -> Any:
       ConfigError: an adapter of a layer that is not there, or of another size.
     """
     def added(kernel: Array, a: Array, b: Array) -> dict[str, Array]:
-        wide = jnp.promote_types(jnp.float32, kernel.dtype)
-        change = jnp.matmul(a.astype(wide), b.astype(wide), precision="highest")
-        return {"kernel": (kernel.astype(wide) + lora.scale * change).astype(kernel.dtype)}
+        return {"kernel": _added(kernel, a, b, lora.scale)}
 
     return _at_kernels(params, adapters, added)
+
+
+def absorb(params: Any) -> Any:
+    """A tree of `with_adapters` with W + s A B in place of W: the same model, for any module.
+
+    Args:
+      params: with or without adapters beside matrices.
+    """
+    flat = flatten_dict(params, keep_empty_nodes=True)
+    plain = {path: leaf for path, leaf in flat.items() if path[-1] not in (A, B, DROPOUT)}
+    for path, a in ((path, leaf) for path, leaf in flat.items() if path[-1] == A):
+        kernel, b = (*path[:-1], "kernel"), flat[(*path[:-1], B)]
+        plain[kernel] = _added(plain[kernel], a, b)
+    return unflatten_dict(plain)
 
 
 def has_dropout(params: Any) -> bool:
@@ -203,6 +215,12 @@ def adapted_layers(adapters: Any) -> dict[str, tuple[Array, Array]]:
     flat = flatten_dict(adapters)
     return {".".join(path[:-1]): (leaf, flat[(*path[:-1], B)])
             for path, leaf in flat.items() if path[-1] == A}
+
+
+def _added(kernel: Array, a: Array, b: Array, scale: float = 1.0) -> Array:
+    wide = jnp.promote_types(jnp.float32, kernel.dtype)
+    change = jnp.matmul(a.astype(wide), b.astype(wide), precision="highest")
+    return (kernel.astype(wide) + scale * change).astype(kernel.dtype)
 
 
 def _at_kernels(params: Any, adapters: Any,

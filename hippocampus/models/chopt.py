@@ -32,9 +32,11 @@ from hippocampus.backbones.loading import build_decoder
 from hippocampus.config_memory import MemoryConfig
 from hippocampus.data.batches import Batch
 from hippocampus.data.story_rows import ChunkedBatch
+from hippocampus.errors import ConfigError
 from hippocampus.layers.edits import Edit, no_edit, scoped
 from hippocampus.layers.lora import LoRA, init_adapters, with_adapters
 from hippocampus.layers.memory_bank import MODES, MemoryBank
+from hippocampus.models.interventions import Interventions
 from hippocampus.ops.cross_entropy import Head, token_nll
 from hippocampus.ops.memory_state import MemoryState, choose_users, empty_state
 
@@ -114,7 +116,8 @@ class CHopT(nn.Module):
 
     def forward(
         self, batch: Batch, state: dict | None = None, *,
-        interventions: Int[Array, "*B"] | None = None, train: bool = False, progress: Any = None,
+        interventions: Int[Array, "*B"] | Interventions | None = None, train: bool = False,
+        progress: Any = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Array], dict]:
         """Reads the chunks of every row in order, and writes each into the row's memory.
 
@@ -126,7 +129,7 @@ class CHopT(nn.Module):
             with the memory before them.
           state: {"memory": MemoryState} of the users of the rows; None or {} = new ones.
           interventions: what calls do to the memory, as places in `memory_bank.MODES`: one for all
-            rows or one a row; None = what the batch says.
+            rows or one a row; None, or neutral `Interventions`, = what the batch says.
           train: dropout of adapters on.
           progress: of no effect.
 
@@ -185,6 +188,11 @@ class CHopT(nn.Module):
         hidden_BTD = self.backbone.finish(final_BTD)
         out["segments.hidden"] = hidden_BTD[None]
         return hidden_BTD, out, {"memory": memory}
+
+    def norm_out(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The last norm, which the head reads behind."""
+        normalised: Array = self.backbone.finish(x_BTD)
+        return normalised
 
     @nn.nowrap
     def init_cache(self, batch: int, max_length: int, passes: int | None = None) -> CHopTCache:
@@ -312,7 +320,8 @@ class CHopT(nn.Module):
         return cast(MemoryState, bank.apply(variables, before, batch.reset_B, method="reset"))
 
     @nn.nowrap
-    def _by_chunk(self, batch: Batch, asked: Array | None, B: int, n: int) -> dict[str, Array]:
+    def _by_chunk(self, batch: Batch, asked: Array | Interventions | None, B: int,
+                  n: int) -> dict[str, Array]:
         """What every chunk does to the memory, and where it is new: "mode" and "reset", n,B."""
         resets: dict[str, Array] = {}
         question_Bn = jnp.zeros((B, 1), bool)
@@ -322,6 +331,11 @@ class CHopT(nn.Module):
         elif (question_B := getattr(batch, "question_B", None)) is not None:
             question_Bn = question_B[:, None]
         mode_Bn = jnp.where(question_Bn, READ_ONLY, 0)
+        if isinstance(asked, Interventions):
+            if any(value is not None for value in vars(asked).values()):
+                raise ConfigError("interventions are of the blocks of a hybrid model",
+                                  "of a CHopT they are places in memory_bank.MODES")
+            asked = None
         if asked is not None:
             mode_Bn = jnp.broadcast_to(jnp.asarray(asked), (B,))[:, None]
         return {"mode": jnp.broadcast_to(mode_Bn, (B, n)).T, **resets}

@@ -23,6 +23,7 @@ from hippocampus.backbones.parameters import Shardings
 from hippocampus.config import Config
 from hippocampus.errors import CheckpointError, ConfigError, DataError
 from hippocampus.files import read_object
+from hippocampus.layers.lora import absorb
 from hippocampus.models.build_model import parameter_shapes
 
 
@@ -46,6 +47,16 @@ def whole(model: Any, trained: Any, frozen: Any) -> Any:
       frozen: the rest; {} where nothing is.
     """
     return model.whole(trained, frozen) if hasattr(model, "whole") else trained
+
+
+def merged(params: Any) -> Any:
+    """What `whole` gives, as float32 and of the shapes of `parameter_shapes`: adapters are added
+    to their matrices. For what leaves a run.
+
+    Args:
+      params: all parameters.
+    """
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), absorb(params))
 
 
 @functools.lru_cache(maxsize=8)

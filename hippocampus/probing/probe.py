@@ -26,7 +26,6 @@ from hippocampus.config import PATHS, Config, EquilibriumConfig, HybridConfig
 from hippocampus.data.batches import Batch
 from hippocampus.data.evaluation_windows import EvaluationWindows
 from hippocampus.data.recall_rows import RecallWindows
-from hippocampus.data.tokenizers import Tokenizer
 from hippocampus.errors import ConfigError
 from hippocampus.evaluation.held_out import HeldOutText
 from hippocampus.evaluation.metrics import bits_per_byte
@@ -42,6 +41,7 @@ from hippocampus.evaluation.stand_alone import (
 )
 from hippocampus.exports.folder import is_export
 from hippocampus.generation.language_model import LanguageModel
+from hippocampus.generation.loading import load_tokenizer
 from hippocampus.models.hybrid_block import BlockSpec, block_specs
 from hippocampus.models.interventions import NEUTRAL, Interventions
 from hippocampus.ops.cross_entropy import token_nll
@@ -102,7 +102,7 @@ class Probe:
     @property
     def n_layers(self) -> int:
         """L."""
-        return self.config.model.n_layers
+        return int(self.lm.model.config.n_layers)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -251,8 +251,8 @@ def open_probe(
         cut.append(whole_windows(text, asked, max_windows))
         return _predicted(cut[0], len(text.ids))
 
-    text_, lines, notes = read_held_out(folder, config, Tokenizer.load(folder.tokenizer), request,
-                                        scored)
+    text_, lines, notes = read_held_out(
+        folder, config, load_tokenizer(folder.tokenizer, config), request, scored)
     windows = cut[0] if cut else whole_windows(text_, asked, max_windows)
     (name, lm), = load_weights(folder, request.weights, step).items()
     protocol = Protocol.of(text_, Windows(windows.context, 0, windows.batch_size), weights=name,
