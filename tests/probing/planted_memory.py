@@ -44,7 +44,8 @@ def stories(n: int = STORIES) -> tuple[Story, ...]:
 def subject(gate: float = 20.0, **fields) -> Subject:
     """The model; gate 0 = as it is before any training."""
     decoder = load_backbone(LLAMA)
-    config = dataclasses.replace(decoder.model.config, vocab_size=256)
+    config = decoder.model.config
+    config = dataclasses.replace(config, vocab_size=256, layers=config.layers[:1])
     D, rng = config.d_model, np.random.default_rng(0)
     memory = MemoryConfig(**{"n_slots": 12, "n_heads": 2, "n_writes": 4, "source_tokens": 2,
                              "beta": 1.0, "select": "stride", **fields})
@@ -54,7 +55,8 @@ def subject(gate: float = 20.0, **fields) -> Subject:
         adds = "['out']" in name or "['down']" in name
         return np.zeros_like(leaf) if adds else np.ones_like(leaf) if "scale" in name else leaf
 
-    backbone = jax.tree_util.tree_map_with_path(silent, decoder.params)
+    backbone = jax.tree_util.tree_map_with_path(silent, {
+        name: decoder.params[name] for name in ("layers_0", "norm_out")})
     backbone = {**backbone, "embedding": rng.normal(size=(256, D)).astype(np.float32) * D**-0.25}
     eye = {"kernel": np.eye(D, dtype=np.float32)}
     bank = {"norm": {"scale": np.ones(D, np.float32)}, "value": eye, "out": eye,
