@@ -16,16 +16,18 @@ from planted import column, table
 from planted_memory import SETTINGS
 
 import hippocampus.probe
+from hippocampus.config_files import defaults, load_config
 from hippocampus.data.story_rows import StoryStreams
 from hippocampus.data.story_tokens import StorySplit
 from hippocampus.data.tokenizers import byte_tokenizer
 from hippocampus.errors import CheckpointError, ConfigError, DataError
 from hippocampus.evaluation.answers import AnswerScore
 from hippocampus.evaluation.result_table import Protocol
+from hippocampus.generation.language_model import LanguageModel
 from hippocampus.probing import command
 from hippocampus.probing.memory import study
 from hippocampus.probing.memory.findings import Answer, CurvePoint, Findings, judge
-from hippocampus.probing.memory.opening import Request, StoryProbe, flags_of
+from hippocampus.probing.memory.opening import Request, StoryProbe, flags_of, settings_of
 from hippocampus.probing.memory.study import (
     CONDITIONS,
     ask_stories,
@@ -260,16 +262,15 @@ def test_another_process_that_writes_gives_the_same_bits(folder, found, tmp_path
                    env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": quick,
                         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)})
     names = sorted(path.relative_to(folder) for path in folder.rglob("*.memory"))
-    assert len(names) == 10 * 6 and len(list(tmp_path.rglob("*.memory"))) == len(names)
+    assert len(names) == 10 * 6 and len(list(tmp_path.rglob("*.memory"))) == 10 * 5
     subject = planted_memory.subject()
     for point in (STORY, Point("delay", 4)):
         ours, _ = load_memories(subject, STORIES, point, folder)
         theirs, _ = load_memories(subject, STORIES, point, tmp_path)
         assert all(np.array_equal(theirs.arrays()[name], array)
                    for name, array in ours.arrays().items())
-    again = ask_stories(subject, STORIES, SETTINGS, tmp_path)
-    assert [a.log_p for a in again.answers] == [a.log_p for a in found.answers]
-    assert again.curves == found.curves and again.lines() == found.lines()
+    again = ask_stories(subject, STORIES, planted_memory.FEW, tmp_path)
+    assert again.lines() == found.lines() and again.curves == found.curves[:-1]
 
 
 def test_a_memory_of_something_else_is_refused(folder, tmp_path):
@@ -345,6 +346,20 @@ def test_only_models_with_a_memory_are_asked_about_stories(monkeypatch):
         command._fitting("RUN", names, True)
     with pytest.raises(ConfigError, match="is for windows of a text"):
         command.probe_run("RUN", text="a.txt")
+
+
+def test_a_run_says_how_its_model_reads_and_is_asked():
+    run = load_config(defaults("chopt"), {
+        "data.tokenizer": "backbone", "data.form": "stories",
+        "model.chunk": 8, "data.context": 24, "data.stories.template": "{question}? {answer}"})
+    subject, plain = planted_memory.subject(), byte_tokenizer()
+    found = settings_of(LanguageModel(subject.model, subject.params, plain, run))
+    assert (found.context, found.begin_id, found.end_id) == (8, None, None)
+    assert found.template.prompt("who") == "who?"
+    assert settings_of(LanguageModel(subject.model, subject.params, plain, run), 12).context == 12
+    marked = SimpleNamespace(begin_id=5, end_ids=(7, 9))
+    found = settings_of(SimpleNamespace(model=None, params=None, tokenizer=marked, config=run))
+    assert (found.begin_id, found.end_id) == (5, 7)
 
 
 @pytest.mark.parametrize("request_", [

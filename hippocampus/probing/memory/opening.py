@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from hippocampus.config import CHopTConfig
 from hippocampus.data.stories import open_stories
 from hippocampus.data.story_forms import Story
 from hippocampus.data.story_tokens import Template
@@ -99,13 +100,13 @@ def settings_of(lm: LanguageModel, context: int | None = None) -> Subject:
 
     Args:
       lm: of the family chopt.
-      context: tokens of a row; None = the run's own.
+      context: tokens of a row; None = the run's own, after which the memory is written.
     """
-    config: Any = lm.config
-    begin = getattr(config.data, "begin_id", None)
-    begin = getattr(lm.tokenizer, "begin_id", None) if begin is None or begin < 0 else begin
-    return Subject(lm.model, lm.params, lm.tokenizer, Template(config.data.template),
-                   context or config.data.context, begin, lm.tokenizer.end_id)
+    config, tokenizer = lm.config, lm.tokenizer
+    assert isinstance(config.model, CHopTConfig)
+    return Subject(lm.model, lm.params, tokenizer, Template(config.data.stories.template),
+                   context or config.model.chunk or config.data.context,
+                   getattr(tokenizer, "begin_id", None), next(iter(tokenizer.end_ids), None))
 
 
 def open_story_probe(workdir: str | Path, request: Request, memories: Path) -> StoryProbe:
@@ -132,7 +133,7 @@ def open_story_probe(workdir: str | Path, request: Request, memories: Path) -> S
     subject, settings = settings_of(lm, request.context), request.settings
     if several:
         subject, settings = spread(subject, settings, mesh)
-    source = open_stories(request.stories or config.data.corpus)
+    source = open_stories(request.stories or config.data.corpus, text=config.data.stories.text)
     stories = choose_stories(tuple(source.read(request.split)), settings.stories)
     asked = choose_questions(subject, stories, settings.questions)
     tokens = sum(len(one.ids.answers[0]) for one in asked)

@@ -105,7 +105,7 @@ def read_rows(subject: Subject, memory: MemoryState,
             if step < len(stream):
                 tokens[user], valid[user] = stream[step]
                 mode_B[user] = _READS
-        memory = _read(subject.model, subject.params, *subject.place((
+        memory = _write_rows(subject.model, subject.params, *subject.place((
             rows_as_batch(tokens, tokens, valid.astype(np.float32), valid), memory, mode_B)))
     return memory
 
@@ -188,8 +188,8 @@ def _delay(rows: Sequence[Sequence[Row]], user: int, n: int, seed: int) -> list[
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _read(model: Any, params: Any, batch: Batch, memory: MemoryState,
-          mode_B: Int[Array, " B"]) -> MemoryState:
+def _write_rows(model: Any, params: Any, batch: Batch, memory: MemoryState,
+                mode_B: Int[Array, " B"]) -> MemoryState:
     _, _, state = model.apply({"params": params}, batch, {"memory": memory},
                               interventions=mode_B, method="forward")
     new: MemoryState = state["memory"]
