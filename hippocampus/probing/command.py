@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ from hippocampus.files import check_writable, write_atomically
 from hippocampus.probing.memory.findings import Findings
 from hippocampus.probing.memory.opening import (
     Request,
+    StoryProbe,
     open_story_probe,
     write_in_another_process,
 )
 from hippocampus.probing.memory.writing import write_stories
-from hippocampus.probing.probe import about, open_probe
+from hippocampus.probing.probe import Probe, about, open_probe
 from hippocampus.probing.report import write_report
 from hippocampus.probing.results import SuiteResult, write_suite
 from hippocampus.probing.rows import write_results
@@ -59,23 +60,22 @@ def probe_run(workdir: str | Path, suites: str = "", out: str | Path | None = No
       DataError: no run folder, or a text or stories that cannot be used.
     """
     console = console or Console(highlight=False)
-    names = _fitting(workdir, choose_suites(suites), bool(suites))
-    if names == (_MEMORY,):
-        return _memory_run(workdir, story_request(stories or Request(), settings), out,
-                           console)
-    probe = open_probe(workdir, **settings)
-    folder = probe.run / FOLDER if out is None else Path(out)
+    names = _fitting(workdir, choose_suites(suites), bool(suites), settings.get("text", ""))
+    run = open_folder(workdir)[0].path
+    folder = run / FOLDER if out is None else Path(out)
     check_writable(folder)
-    made_by = about(probe)
-    for line in (*probe.protocol.lines(), *probe.notes):
-        console.print(line, soft_wrap=True, markup=False)
-
-    def done(result: SuiteResult) -> None:
-        _show(result, console)
-        write_suite(folder, result, made_by)
-
-    run_suites(probe, names, _printer(console), done)
-    return _finish(probe.run, folder, out, console)
+    with contextlib.ExitStack() as stack:
+        told = _told(workdir, stories or Request(), settings, stack, console) if (
+            _MEMORY in names) else None
+        windows = tuple(name for name in names if name != _MEMORY)
+        if windows:
+            _window_suites(open_probe(workdir, **settings), windows, folder, console)
+        if told is not None:
+            _memory_suite(open_story_probe(workdir, *told), folder, console)
+    results = write_results(folder, tuple(SUITES))
+    report = write_report(run, None if out is None else folder / "report.html", folder)
+    console.print(f"\n{results}\n{report}", soft_wrap=True, markup=False)
+    return results, report
 
 
 def write_memories(workdir: str | Path, stories: Request, console: Console | None = None,
@@ -95,7 +95,7 @@ def write_memories(workdir: str | Path, stories: Request, console: Console | Non
       ConfigError: a model without a memory of its own.
     """
     console, request = console or Console(highlight=False), story_request(stories, settings)
-    _fitting(workdir, (_MEMORY,), True)
+    _fitting(workdir, (_MEMORY,), True, "")
     folder = Path(request.memories)
     check_writable(folder)
     probe = open_story_probe(workdir, request, folder)
@@ -117,55 +117,59 @@ def story_request(stories: Request, settings: dict[str, Any]) -> Request:
     return dataclasses.replace(stories, **{name: settings[name] for name in shared})
 
 
-def _fitting(workdir: str | Path, names: tuple[str, ...], asked: bool) -> tuple[str, ...]:
-    """The suites that are for this family: of stories or of windows of a text.
+def _fitting(workdir: str | Path, names: tuple[str, ...], asked: bool,
+             text: str) -> tuple[str, ...]:
+    """The suites without that of a memory, where the model has none or a text is to be read.
 
-    Suites of windows say for themselves what they do not fit.
+    The others say for themselves what they do not fit.
     """
     family = open_folder(workdir)[1].model.family
-    of_stories = family in memory.FAMILIES
-    wrong = [name for name in names if (name == _MEMORY) != of_stories]
-    if asked and wrong:
+    if family in memory.FAMILIES and (asked or not text):
+        return names
+    if asked and _MEMORY in names:
         raise ConfigError(
-            f"the suite {wrong[0]} is not for {workdir}, a model of the {family} family",
-            f"it has --suite={_MEMORY}" if of_stories else
-            f"{_MEMORY} is for {' and '.join(memory.FAMILIES)} models, which keep a memory")
-    return tuple(name for name in names if name not in wrong)
+            f"the suite {_MEMORY} is not for {workdir}, a model of the {family} family",
+            f"it is for {' and '.join(memory.FAMILIES)} models, which keep a memory")
+    return tuple(name for name in names if name != _MEMORY)
 
 
-def _memory_run(workdir: str | Path, request: Request, out: str | Path | None,
-                console: Console) -> tuple[Path, Path]:
-    """Another process writes the memories and ends; then this one opens the model and asks."""
-    run = open_folder(workdir)[0].path
-    folder = run / FOLDER if out is None else Path(out)
-    check_writable(folder)
-    with _memories(request) as memories:
-        if request.stage == "all":
-            console.print("another process writes the memories", markup=False)
-            request = write_in_another_process(workdir, request, memories)
-        probe = open_story_probe(workdir, request, memories)
-        for line in probe.protocol.lines():
-            console.print(line, soft_wrap=True, markup=False)
+def _told(workdir: str | Path, stories: Request, settings: dict[str, Any],
+          stack: contextlib.ExitStack, console: Console) -> tuple[Request, Path]:
+    """The request, and the folder of the memories, which another process has written.
 
-        def keep(findings: Findings) -> None:
-            write_atomically(folder / ANSWERS, findings.lines())
+    That process must have ended before this one touches a device.
+    """
+    request = story_request(stories, settings)
+    folder = Path(request.memories or stack.enter_context(
+        tempfile.TemporaryDirectory(prefix="hippocampus-memories-")))
+    if request.stage == "all":
+        check_writable(folder)
+        console.print("another process writes the memories", markup=False)
+        request = write_in_another_process(workdir, request, folder)
+    return request, folder
 
-        begun = time.monotonic()
-        result = memory.run(probe, _printer(console), keep)
-        result = dataclasses.replace(result, seconds=time.monotonic() - begun)
+
+def _window_suites(probe: Probe, names: tuple[str, ...], folder: Path, console: Console) -> None:
+    made_by = about(probe)
+    for line in (*probe.protocol.lines(), *probe.notes):
+        console.print(line, soft_wrap=True, markup=False)
+
+    def done(result: SuiteResult) -> None:
         _show(result, console)
-        write_suite(folder, result, about(probe))
-    return _finish(run, folder, out, console)
+        write_suite(folder, result, made_by)
+
+    run_suites(probe, names, _printer(console), done)
 
 
-@contextlib.contextmanager
-def _memories(request: Request) -> Iterator[Path]:
-    """The folder of the memory files."""
-    if request.memories:
-        yield Path(request.memories)
-        return
-    with tempfile.TemporaryDirectory(prefix="hippocampus-memories-") as folder:
-        yield Path(folder)
+def _memory_suite(probe: StoryProbe, folder: Path, console: Console) -> None:
+    def keep(findings: Findings) -> None:
+        write_atomically(folder / ANSWERS, findings.lines())
+
+    begun = time.monotonic()
+    result = memory.run(probe, _printer(console), keep)
+    result = dataclasses.replace(result, seconds=time.monotonic() - begun)
+    _show(result, console)
+    write_suite(folder, result, about(probe))
 
 
 def _show(result: SuiteResult, console: Console) -> None:
@@ -174,14 +178,6 @@ def _show(result: SuiteResult, console: Console) -> None:
         console.print(table.render())
     for note in result.notes:
         console.print(note, soft_wrap=True, markup=False)
-
-
-def _finish(run: Path, folder: Path, out: str | Path | None,
-            console: Console) -> tuple[Path, Path]:
-    results = write_results(folder, tuple(SUITES))
-    report = write_report(run, None if out is None else folder / "report.html", folder)
-    console.print(f"\n{results}\n{report}", soft_wrap=True, markup=False)
-    return results, report
 
 
 def _printer(console: Console) -> Callable[[str], None]:

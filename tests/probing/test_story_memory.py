@@ -337,15 +337,14 @@ def test_only_models_with_a_memory_are_asked_about_stories(monkeypatch):
     monkeypatch.setattr(command, "open_folder", lambda workdir: (None, config(family[-1])))
     names = ("paths", "tokens", "memory")
     family.append("hybrid")
-    assert command._fitting("RUN", names, False) == ("paths", "tokens")
+    assert command._fitting("RUN", names, False, "") == ("paths", "tokens")
     with pytest.raises(ConfigError, match="memory is not for RUN, a model of the hybrid family"):
-        command._fitting("RUN", names, True)
+        command._fitting("RUN", names, True, "")
     family.append("chopt")
-    assert command._fitting("RUN", names, False) == ("memory",)
-    with pytest.raises(ConfigError, match="paths is not for RUN, a model of the chopt family"):
-        command._fitting("RUN", names, True)
+    assert command._fitting("RUN", names, False, "") == names
+    assert command._fitting("RUN", names, False, "a.txt") == ("paths", "tokens")
     with pytest.raises(ConfigError, match="is for windows of a text"):
-        command.probe_run("RUN", text="a.txt")
+        command.story_request(Request(), {"text": "a.txt"})
 
 
 def test_a_run_says_how_its_model_reads_and_is_asked():
