@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -101,15 +101,28 @@ def compare_paired(ours: Mapping[str, float], theirs: Mapping[str, float], seed:
         n <= EXACT_UP_TO, smallest_effect(statistics.stdev(d_n.tolist()), n) if n > 1 else None)
 
 
-def smallest_effect(sd: float, n: int) -> float:
+def smallest_effect(sd: float, n: int, level: float = 1 - CONFIDENCE) -> float:
     """The mean difference that is found with a chance of `POWER`.
 
     Args:
       sd: standard deviation of the differences.
       n: how many there are.
+      level: below which p has to be, two-sided.
     """
     z = NormalDist().inv_cdf
-    return (z((1 + CONFIDENCE) / 2) + z(POWER)) * sd / math.sqrt(n)
+    return (z(1 - level / 2) + z(POWER)) * sd / math.sqrt(n)
+
+
+def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """The bootstrap interval of a mean over stories, as that of `compare_paired`.
+
+    Args:
+      values: one a story, at least one, all finite.
+      seed: of the resampling.
+    """
+    means = _bootstrap_means(np.asarray(values, np.float64), np.random.default_rng(seed))
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
 
 
 def _bootstrap_means(d_n: Float64[np.ndarray, " n"], rng: np.random.Generator) -> np.ndarray:

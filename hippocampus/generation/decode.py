@@ -78,7 +78,7 @@ def capacity(length: int, context: int) -> int:
 
 
 def start(model: Any, variables: Any, prompts: Sequence[Int[np.ndarray, " n"]], *, max_length: int,
-          passes: int | None = None, skip: bool = False) -> DecodeState:
+          passes: int | None = None, skip: bool = False, memory: Any = None) -> DecodeState:
     """Reads the prompts.
 
     Args:
@@ -87,6 +87,8 @@ def start(model: Any, variables: Any, prompts: Sequence[Int[np.ndarray, " n"]], 
       prompts: ids; a row without any stands for nothing and is done.
       max_length: tokens that a row looks back to (see `init_cache` of the model).
       passes, skip: reasoning passes, and whether the flow network stands for the last one.
+      memory: of the user of each row, for a model whose cache has one; None = new ones. Give it as
+        numpy arrays, or as arrays that are used up.
 
     Returns:
       The state from which `write` draws the first token.
@@ -96,6 +98,8 @@ def start(model: Any, variables: Any, prompts: Sequence[Int[np.ndarray, " n"]], 
     for row, prompt in zip(tokens, prompts, strict=True):
         row[:len(prompt)] = prompt
     state = _empty(model, variables, len(prompts), max_length, passes)
+    if memory is not None:
+        state = dataclasses.replace(state, cache=state.cache.replace(memory=memory))
     for begin, size in _chunks(int(lengths.max())):
         chunk = tokens[:, begin:begin + size]
         chunk = np.pad(chunk, ((0, 0), (0, size - chunk.shape[1])))

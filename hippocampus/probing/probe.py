@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -280,13 +281,37 @@ def whole_windows(text: HeldOutText, asked: Windows, max_windows: int,
                              text.document_starts)
 
 
-def about(probe: Probe) -> dict[str, Any]:
+class Opened(typing.Protocol):
+    """What `about` reads of a probe of any kind."""
+
+    @property
+    def run(self) -> Path:
+        """The folder that the model is of."""
+        ...
+
+    @property
+    def lm(self) -> LanguageModel:
+        """The model."""
+        ...
+
+    @property
+    def protocol(self) -> Protocol:
+        """How it is measured."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Of all that is drawn."""
+        ...
+
+
+def about(probe: Opened) -> dict[str, Any]:
     """What made a result: for the files of `write_suite`."""
     here = environment()
     return {
         "version": here["packages"].get("hippocampus"), "commit": here["commit"],
         "command": here["command"], "devices": here["devices"], "run": str(probe.run),
-        "config": probe.config.name, "step": probe.lm.step, "weights": probe.protocol.weights,
+        "config": probe.lm.config.name, "step": probe.lm.step, "weights": probe.protocol.weights,
         "seed": probe.seed,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
 

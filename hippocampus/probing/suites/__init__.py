@@ -1,7 +1,9 @@
 """The suites of probes by name, and running them.
 
 A suite is a module with a TITLE and `run(probe) -> SuiteResult`; it raises `SkipSuite` where the
-model has not what it looks at. Without FAMILIES, a tuple, it is for every family of models.
+model has not what it looks at. Without FAMILIES, a tuple, it is for every family of models. The
+suite "memory" takes a `StoryProbe` (hippocampus.probing.memory.opening), which has stories in place
+of windows; hippocampus.probing.command tells them apart.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from hippocampus.probing.results import SuiteResult
 SUITES = {name: f"hippocampus.probing.suites.{name}" for name in (
     "paths", "shuffle", "segments", "controller", "gates", "hopfield", "ssm", "energy", "tokens",
     "attention", "lens", "flow", "recall", "equilibrium", "energy_landscape",
-    "associative_recall", "continual")}
+    "associative_recall", "continual", "memory")}
 """Modules by name, in the order of running and showing."""
 
 
