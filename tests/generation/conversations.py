@@ -24,6 +24,8 @@ from hippocampus.models.chopt import CHopT
 FIXTURE = Path(__file__).resolve().parents[1] / "backbones" / "fixtures" / "llama"
 CHUNK = 8
 LETTERS = string.printable[:94].replace("~", "\n") + " "
+STORY = "Ann left the old map at the mill. Then it rained for nine days.\nBert found it."
+ASK = "Who has it?"
 SETTINGS = {"max_new_tokens": 12, "seed": 3, "temperature": 0.9}
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import json
 import os
 import subprocess
@@ -11,25 +12,23 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conversations import CHUNK, SETTINGS, language_model
+from conversations import ASK, CHUNK, SETTINGS, STORY, language_model
 
 import hippocampus.files
-from hippocampus.backbones.loading import load_backbone
+import hippocampus.sample
 from hippocampus.data.batches import Batch
 from hippocampus.data.story_rows import StoryStreams
 from hippocampus.data.story_tokens import StorySplit
-from hippocampus.errors import CheckpointError, ConfigError, DataError
+from hippocampus.errors import CheckpointError
 from hippocampus.generation import decode
 from hippocampus.generation.generate import Row
-from hippocampus.generation.language_model import LanguageModel
-from hippocampus.generation.memory_file import load_memory, save_memory
+from hippocampus.generation.memory_file import load_memory
+from hippocampus.generation.prompts import converse
 from hippocampus.ops.memory_state import join_users
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 ROOT = Path(__file__).resolve().parents[2]
-STORY = "Ann left the old map at the mill. Then it rained for nine days.\nBert found it."
-ASK = "Who has it?"
 
 
 @pytest.fixture(scope="module")
@@ -200,8 +199,6 @@ def test_two_processes_with_the_same_memory_answer_the_same(lm, told, tmp_path):
     assert other.read_bytes() == told.read_bytes()
 
 
-# ---------------------------------------------------------------- whose it is
-
 def test_users_side_by_side_are_as_if_alone(lm, tmp_path):
     prompts = [ASK, "And the rain in all these days?"]
     files = [tmp_path / name for name in ("a", "b")]
@@ -215,80 +212,6 @@ def test_users_side_by_side_are_as_if_alone(lm, tmp_path):
         assert_same(load_memory(path).state, state, 1e-5)
     assert lm.generate(prompts[::-1], memory=files, memory_mode="frozen", **SETTINGS) != together
     assert lm.generate([], memory=[]) == []
-
-
-def test_one_memory_is_never_two_users(lm, told, tmp_path):
-    whole = told.read_bytes()
-    (tmp_path / "link").symlink_to(told)
-    (tmp_path / "hard").hardlink_to(told)
-    mine = lm.open_memory()
-    for pair in ([told, told], [str(told), tmp_path / "link"], [told, tmp_path / "hard"],
-                 [mine, mine], [tmp_path / "new", tmp_path / "x" / ".." / "new"]):
-        with pytest.raises(ConfigError, match="is given twice, as memory 1 and memory 2"):
-            lm.generate([ASK, ASK], memory=pair)
-    for bad in (told, [told], mine):
-        with pytest.raises(ConfigError, match="memories for another number of users"):
-            lm.generate([ASK, ASK], memory=bad)
-    with pytest.raises(ConfigError, match="it must be a file"):
-        lm.generate(ASK, memory=[told])
-    two = join_users([load_memory(told).state] * 2)
-    save_memory(tmp_path / "two", two, lm.fingerprint)
-    with pytest.raises(CheckpointError, match="holds the memories of 2 users"):
-        lm.generate(ASK, memory=tmp_path / "two")
-    assert told.read_bytes() == whole
-
-
-def test_a_link_stays_a_link(lm, told, tmp_path):
-    (tmp_path / "link").symlink_to(told)
-    whole = told.read_bytes()
-    lm.remember(ASK, memory=tmp_path / "link")
-    assert (tmp_path / "link").is_symlink() and told.read_bytes() != whole
-
-
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"seed": 2}, "memory of another model: model"),
-    ({"begins": False}, "memory of another tokenizer: tokenizer"),
-    ({"n_slots": 9}, "memory of another layer: n_slots '8', here '9'"),
-    ({"source_tokens": 4}, "has source_tokens 3, here 4")])
-def test_a_foreign_memory_is_refused_and_stays(lm, told, changes, words):
-    whole, other = told.read_bytes(), language_model(**changes)
-    for ask in (lambda: other.generate(ASK, memory=told), lambda: other.stream(ASK, memory=told),
-                lambda: other.remember(STORY, memory=told)):
-        with pytest.raises(CheckpointError, match=words):
-            ask()
-    if "source_tokens" not in changes:
-        with pytest.raises(ConfigError, match="opened by another model"):
-            other.generate(ASK, memory=lm.open_memory(told))
-    assert told.read_bytes() == whole
-
-
-def test_the_fingerprint_is_of_every_parameter(lm):
-    def of(params):
-        return LanguageModel(lm.model, params, lm.tokenizer, lm.config).fingerprint
-
-    again = jax.tree.map(np.array, lm.params)
-    assert of(again) == lm.fingerprint and lm.fingerprint.layer == "memory_bank"
-    for path, _ in jax.tree_util.tree_leaves_with_path(again):
-        def flip(where, leaf, path=path):
-            changed = np.array(leaf)
-            if where == path:
-                changed.reshape(-1).view(np.uint8)[0] ^= 1
-            return changed
-
-        assert of(jax.tree_util.tree_map_with_path(flip, again)).model != lm.fingerprint.model
-
-
-# ---------------------------------------------------------------- what can go wrong
-
-def test_a_damaged_memory_is_refused_and_stays(lm, told):
-    whole = bytearray(told.read_bytes())
-    whole[-5] ^= 4
-    told.write_bytes(whole)
-    for ask in (lambda: lm.generate(ASK, memory=told), lambda: lm.remember(ASK, memory=told),
-                lambda: lm.open_memory(told, new=True)):
-        with pytest.raises(CheckpointError, match="is damaged"):
-            ask()
-    assert told.read_bytes() == whole
 
 
 def test_a_new_memory_replaces_the_old_one_when_it_is_saved(lm, told, tmp_path, monkeypatch):
@@ -326,55 +249,86 @@ def test_what_another_process_saves_during_a_turn_is_kept(lm, told):
     assert lm.generate(ASK, memory=memory, **SETTINGS)
 
 
-def test_who_may_read_a_memory_stays_as_it_is(lm, told):
-    told.chmod(0o600)
-    lm.remember(STORY, memory=told)
-    assert told.stat().st_mode & 0o777 == 0o600
-
-
-def test_bad_requests_are_refused_and_nothing_is_written(lm, told, tmp_path):
-    whole, missing = told.read_bytes(), tmp_path / "none"
-    cases = (
-        (lambda: lm.generate(ASK, memory=missing, memory_mode="read_only"), CheckpointError,
-         "there is no memory at"),
-        (lambda: lm.generate(ASK, memory=told, memory_mode="write_only"), ConfigError,
-         "memory_mode is 'write_only'"),
-        (lambda: lm.generate(ASK, memory_mode="frozen"), ConfigError, "with a memory"),
-        (lambda: lm.generate(ASK, memory=3), ConfigError, "memory is 3"),
-        (lambda: lm.generate("", memory=told, temperature=-1.0), ConfigError, "temperature is -1"),
-        (lambda: lm.generate("€", memory=missing), DataError, "cannot read the text"),
-        (lambda: lm.remember("", memory=missing), ConfigError, "the text is empty"),
-        (lambda: lm.remember(["a", ""], memory=[missing, told]), ConfigError, "text 2 of 2 is"),
-        (lambda: lm.remember("a", memory=None), ConfigError, "memory is None"),
-        (lambda: lm.remember("a", memory=tmp_path), CheckpointError, "there is no memory at"),
-        (lambda: lm.remember("a", memory=told / "x"), CheckpointError, "cannot read"),
-        (lambda: lm.remember("a", memory="x" * 300), ConfigError, "cannot be a path"))
-    for ask, error, words in cases:
-        with pytest.raises(error, match=words) as caught:
-            ask()
-        assert "\n" not in caught.value.message and caught.value.hint
-    assert told.read_bytes() == whole and [p.name for p in tmp_path.iterdir()] == [told.name]
-
-
-def test_a_place_that_takes_no_file_is_found_before_the_turn(lm, told, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, how: False)
-    with pytest.raises(ConfigError, match="cannot write to") as caught:
-        lm.stream(ASK, memory=told)
-    assert caught.value.hint == "choose another place for the memory"
-    assert lm.generate(ASK, memory=told, memory_mode="frozen", **SETTINGS)
-
-
-def test_a_model_without_a_memory_says_so(lm, told):
-    decoder = load_backbone(Path(__file__).parents[1] / "backbones" / "fixtures" / "llama")
-    plain = LanguageModel(decoder.model, decoder.params, lm.tokenizer, lm.config)
-    for ask in (lambda: plain.generate(ASK, memory=told), lambda: plain.open_memory(told),
-                lambda: plain.generate(ASK, memory=lm.open_memory()),
-                lambda: plain.remember(ASK, memory=told)):
-        with pytest.raises(ConfigError, match=r"^the model has no memory"):
-            ask()
-
-
 def test_every_field_of_a_result_is_shown_by_name():
     lm = language_model()
     done = lm.remember("Ann.", memory=lm.open_memory())
     assert dataclasses.asdict(done) == {"tokens": 4, "chunks": 1, "writes": 2, "used_slots": 2}
+
+
+# ---------------------------------------------------------------- the sample verb
+
+FLAGS = [f"--{name}={value}" for name, value in SETTINGS.items()]
+TYPED = {**SETTINGS, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,
+         "segments": None, "stop": [], "skip": False, "memory_mode": "read+write"}
+
+
+@pytest.fixture
+def sample(lm, monkeypatch, capsys):
+    """Runs the verb with the model; gives what it prints."""
+    monkeypatch.setattr("hippocampus.generation.loading.load", lambda *_, **__: lm)
+
+    def run(*flags):
+        hippocampus.sample.main(["--workdir=x", *FLAGS, *map(str, flags)])
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_the_verb_remembers_from_one_start_to_the_next(sample, lm, told, tmp_path):
+    path, first = tmp_path / "new.memory", lm.generate(ASK, **SETTINGS)
+    assert sample(f"--prompt={ASK}", f"--memory={path}", "--no-stream") == f"{ASK}{first}\n"
+    other = lm.open_memory()
+    lm.generate(ASK, memory=other, **SETTINGS)
+    assert_same(load_memory(path).state, other.load())
+    line = json.loads(sample(f"--prompt={ASK}", f"--memory={path}", "--log_probabilities"))
+    second = line["text"]
+    assert second == lm.generate(ASK, memory=other, **SETTINGS) != first
+    whole = load_memory(path).state
+    third = lm.generate(ASK, memory=other, **SETTINGS)
+    assert sample(f"--prompt={ASK}", f"--memory={path}", "--read_only", "--stream") == (
+        f"{ASK}{third}\n")
+    assert_same(load_memory(path).state, whole, but=("usage_BS",))
+    assert sample(f"--prompt={ASK}", f"--memory={path}", "--reset") == f"{ASK}{first}\n"
+    assert load_memory(path).state.writes_B < whole.writes_B
+
+
+def test_the_verb_takes_a_text_in_without_a_word_of_its_own(sample, lm, told, tmp_path,
+                                                            monkeypatch):
+    path, chunks = tmp_path / "new.memory", -(-len(STORY) // (CHUNK - 1))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(STORY))
+    assert sample(f"--memory={path}", "--write_only") == (
+        f"{path}: {len(STORY)} tokens in {chunks} chunks, 8 of 8 slots in use\n")
+    assert path.read_bytes() == told.read_bytes()
+    sample(f"--prompt={STORY}", f"--memory={path}", "--write_only")
+    assert load_memory(path).state.writes_B == 4 * chunks
+    sample(f"--prompt={STORY}", f"--memory={path}", "--write_only", "--reset")
+    assert path.read_bytes() == told.read_bytes()
+
+
+def test_a_conversation_is_saved_after_each_turn(lm, told, monkeypatch, capsys):
+    turns, saved = [ASK, "€", "And where?"], []
+
+    def typed(_):
+        saved.append(told.read_bytes())
+        return turns[len(saved) - 1] if len(saved) <= len(turns) else ""
+
+    monkeypatch.setattr("builtins.input", typed)
+    twin = lm.open_memory()
+    lm.remember(STORY, memory=twin)
+    converse(lm, **TYPED, memory=lm.open_memory(told))
+    assert saved[0] != saved[1] == saved[2] != saved[3]
+    shown = capsys.readouterr().out
+    for prompt in (ASK, "And where?"):
+        assert f"{prompt}{lm.generate(prompt, memory=twin, **SETTINGS)}\n" in shown
+
+
+def test_ctrl_c_in_a_text_leaves_the_memory_of_the_turn_before(lm, told, monkeypatch, capsys):
+    whole, lines = told.read_bytes(), iter([ASK, ""])
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    monkeypatch.setattr(decode, "write", interrupted)
+    converse(lm, **TYPED, memory=lm.open_memory(told))
+    assert told.read_bytes() == whole
