@@ -75,6 +75,7 @@ class Turn:
         for memory in memories:
             memory.check(mode)
         self._memories, self._mode = memories, mode
+        self._versions = [memory.version() for memory in memories]
         self.states = [memory.load() for memory in memories]
 
     def finish(self, model: Any, params: Any, texts: Sequence[Integer[np.ndarray, " n"]], *,
@@ -103,8 +104,8 @@ class Turn:
             here = slice(first, first + USERS_PER_BATCH)
             after += write_texts(model, params, self.states[here], texts[here],
                                  begin_id=begin_id, chunk=chunk, mode=self._mode)
-        for memory, state in zip(self._memories, after, strict=True):
-            memory.save(state)
+        for memory, state, version in zip(self._memories, after, self._versions, strict=True):
+            memory.save(state, version)
         room = chunk - (begin_id is not None)
         return [Remembered(len(text), -(-len(text) // room),
                            int(new.writes_B[0]) - int(old.writes_B[0]), int(new.valid_BS.sum()))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +49,7 @@ class UserMemory:
         """
         self.path = None if path is None else _place(path)
         self.fingerprint, self._fresh, self._new = fingerprint, fresh, new
-        self._state, self._notes = fresh, dict[str, str]()
-        self._seen: tuple[int, ...] | None = None
+        self._state, self._notes, self._saves = fresh, dict[str, str](), 0
         self.load()
 
     def load(self) -> MemoryState:
@@ -59,8 +60,7 @@ class UserMemory:
         """
         if self.path is None:
             return self._state
-        self._seen = _version(self.path)
-        if self._seen is None:
+        if self.version() is None:
             return self._fresh
         saved = load_memory(self.path, None if self._new else self.fingerprint)
         users = len(saved.state.writes_B)
@@ -95,24 +95,44 @@ class UserMemory:
         if mode != "frozen":
             check_writable(self.path.absolute().parent, "choose another place for the memory")
 
-    def save(self, state: MemoryState) -> None:
-        """Keeps what a turn made of the memory that `load` gave.
+    def version(self) -> tuple[int, ...] | None:
+        """What every save changes; None = there is nothing yet.
+
+        Raises:
+          CheckpointError: the file cannot be looked at.
+        """
+        if self.path is None:
+            return (self._saves,)
+        try:
+            found = os.stat(self.path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}: {error.strerror}",
+                                  "check the path") from None
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+    def save(self, state: MemoryState, version: tuple[int, ...] | None) -> None:
+        """Keeps what a turn made of the memory.
 
         Args:
           state: of one user.
+          version: as it was before `load`.
 
         Raises:
-          CheckpointError: it cannot be saved, or another process has saved this memory since; the
-            file stays as it is.
+          CheckpointError: it cannot be saved, or another turn, perhaps of another process, has
+            saved the memory since; it stays as it is.
         """
-        if self.path is None:
-            self._state = state
-            return
-        if _version(self.path) != self._seen:
-            raise CheckpointError(f"{self.path} was changed by another process during the turn",
-                                  "what that one saved is kept; start the turn again")
-        save_memory(self.path, state, self.fingerprint, self._notes)
-        self._new = False
+        with _alone(self.path):
+            if self.version() != version:
+                raise CheckpointError(
+                    f"{self.path or 'the memory'} was changed by another turn in the meantime",
+                    "what that one saved is kept; start the turn again")
+            if self.path is None:
+                self._state = state
+            else:
+                save_memory(self.path, state, self.fingerprint, self._notes)
+            self._saves, self._new = self._saves + 1, False
 
     @property
     def identity(self) -> object:
@@ -168,12 +188,16 @@ def _place(path: str | Path) -> Path:
     return place.resolve() if place.is_symlink() else place
 
 
-def _version(path: Path) -> tuple[int, ...] | None:
-    """What a save changes of a file, None where there is none."""
+@contextlib.contextmanager
+def _alone(path: Path | None) -> Iterator[None]:
+    """One save at a time in the file's folder, where the file system has locks."""
+    folder = None
+    if path is not None:
+        with contextlib.suppress(OSError):  # none yet, or no locks: the version is checked anyway
+            folder = os.open(path.parent, os.O_RDONLY)
+            fcntl.flock(folder, fcntl.LOCK_EX)
     try:
-        found = os.stat(path)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}", "check the path") from None
-    return found.st_ino, found.st_mtime_ns, found.st_size
+        yield
+    finally:
+        if folder is not None:
+            os.close(folder)

@@ -190,7 +190,7 @@ def test_two_processes_with_the_same_memory_answer_the_same(lm, told, tmp_path):
     other.write_bytes(told.read_bytes())
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("conversations.py")), str(other), ASK],
-        capture_output=True, text=True, timeout=120, env={
+        capture_output=True, text=True, timeout=300, env={
             **os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(
                 jax.config.read("jax_disable_most_optimizations")))})
@@ -241,12 +241,25 @@ def test_what_another_process_saves_during_a_turn_is_kept(lm, told):
     next(pieces)
     lm.remember(STORY, memory=told)
     theirs = told.read_bytes()
-    with pytest.raises(CheckpointError, match="was changed by another process"):
+    with pytest.raises(CheckpointError, match="was changed by another turn"):
         list(pieces)
     assert told.read_bytes() == theirs
     memory = lm.open_memory(told)
     lm.remember(STORY, memory=told)  # between two turns it is no conflict, but what is read
     assert lm.generate(ASK, memory=memory, **SETTINGS)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_of_two_turns_at_once_with_one_object_the_first_that_ends_counts(lm, told, kept):
+    memory = lm.open_memory(told if kept else None)
+    pieces = lm.stream(ASK, memory=memory, **SETTINGS)
+    next(pieces)
+    lm.remember(STORY, memory=memory)
+    theirs = memory.load()
+    memory.load()  # which the turn that began before must not take for its own
+    with pytest.raises(CheckpointError, match="was changed by another turn"):
+        list(pieces)
+    assert_same(memory.load(), theirs)
 
 
 def test_every_field_of_a_result_is_shown_by_name():

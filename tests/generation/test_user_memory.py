@@ -1,6 +1,8 @@
 """Whose a memory is: one user's, of one model; what else is given is refused and stays as it is."""
 
+import fcntl
 import os
+import threading
 
 import jax
 import numpy as np
@@ -136,6 +138,28 @@ def test_a_place_that_takes_no_file_is_found_before_the_turn(lm, told, monkeypat
         lm.stream(ASK, memory=told)
     assert caught.value.hint == "choose another place for the memory"
     lm.stream(ASK, memory=told, memory_mode="frozen")
+
+
+def test_saves_wait_for_each_other_and_the_second_finds_the_first(lm, told):
+    memory, failed = lm.open_memory(told), []
+    version = memory.version()
+
+    def save():
+        try:
+            memory.save(memory.load(), version)
+        except CheckpointError as error:
+            failed.append(error.message)
+
+    folder = os.open(told.parent, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)  # as another process does while it saves
+    thread = threading.Thread(target=save)
+    thread.start()
+    thread.join(0.3)
+    assert thread.is_alive()
+    os.utime(told, ns=(1, 1))
+    os.close(folder)
+    thread.join(20)
+    assert len(failed) == 1 and "was changed by another turn" in failed[0]
 
 
 def test_a_model_without_a_memory_says_so(lm, told):
