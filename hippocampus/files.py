@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file so that every reader sees the old content or the new one, never a part.
 
     Args:
-      path: the file to make or to replace; its folder is made where missing.
+      path: the file to make or to replace; its folder is made where missing. Who may read and write
+        a file that is replaced stays as it is.
       content: all of it; text is written as UTF-8.
 
     Raises:
@@ -28,12 +31,21 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
+            _keep_permissions(path, file.fileno())
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _keep_permissions(path: Path, descriptor: int) -> None:
+    """Gives a new file those of the one that it replaces, before anything is in it."""
+    with contextlib.suppress(FileNotFoundError):
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if mode != stat.S_IMODE(os.fstat(descriptor).st_mode):
+            os.fchmod(descriptor, mode)
 
 
 def read_object(path: Path, hint: str) -> dict[str, Any]:
@@ -89,15 +101,16 @@ def expand(path: str | Path) -> Path:
         raise DataError(f"there is no home folder for {path}", "write the path out") from None
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, hint: str = "choose another --out") -> None:
     """Refuses a folder that nothing can be written into, before there is anything to write.
 
     Args:
       folder: need not exist; then the nearest one above it that does must take it.
+      hint: what to do then.
 
     Raises:
       ConfigError: a file stands in its place, or there is no permission.
     """
     nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"cannot write to {nearest}", "choose another --out")
+        raise ConfigError(f"cannot write to {nearest}", hint)

@@ -43,6 +43,12 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--log_probabilities", action="store_true", help="of every token, as JSON")
     parser.add_argument("--stream", action=argparse.BooleanOptionalAction,
                         help="show text as it comes (default: on a terminal)")
+    parser.add_argument("--memory", type=Path, metavar="FILE", help="of one user: read, then "
+                        "prompt and text are written; saved after each text")
+    parser.add_argument("--read_only", action="store_true", help="write nothing into --memory")
+    parser.add_argument("--write_only", action="store_true", help="write the prompt, or what is "
+                        "piped in, into --memory and no text")
+    parser.add_argument("--reset", action="store_true", help="begin with a new --memory")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema",
                         help="running average of the parameters, or the parameters")
     parser.add_argument("--step", type=int, help="a saved step (default: the best one)")
@@ -55,17 +61,25 @@ def main(arguments: Sequence[str]) -> None:
     several = prompts.read_prompts(flags.prompts) if flags.prompts else []
     lm = load(flags.workdir, weights=flags.weights, step=flags.step)
     settings = {name: getattr(flags, name) for name in [*_SAMPLER, "stop", "skip"]}
-    in_full = {"log_probabilities": flags.log_probabilities}
+    if flags.memory:
+        settings |= {"memory": lm.open_memory(flags.memory, new=flags.reset),
+                     "memory_mode": "read_only" if flags.read_only else "read+write"}
     try:
         if several:
             prompts.write_lines(prompts.records(
-                lm, several, flags.batch_size, **settings, **in_full), flags.out)
-        elif flags.prompt is None and sys.stdin.isatty():
+                lm, several, flags.batch_size, **settings,
+                log_probabilities=flags.log_probabilities), flags.out)
+        elif flags.prompt is None and sys.stdin.isatty() and not flags.write_only:
             prompts.converse(lm, **settings)
         else:
             prompt = prompts.read_piped() if flags.prompt is None else flags.prompt
-            if flags.log_probabilities:
-                prompts.write_lines(prompts.records(lm, [prompt], 1, **settings, **in_full))
+            if flags.write_only:
+                done = lm.remember(prompt, memory=settings["memory"])
+                sys.stdout.write(f"{flags.memory}: {done.tokens:,} tokens in {done.chunks:,} chunks"
+                                 f", {done.used_slots} of {lm.fingerprint.n_slots} slots in use\n")
+            elif flags.log_probabilities:
+                one = lm.generate(prompt, log_probabilities=True, **settings)
+                prompts.write_lines(iter([prompts.record(prompt, one, flags.seed, True)]))
             elif sys.stdout.isatty() if flags.stream is None else flags.stream:
                 prompts.show(prompt, lm.stream(prompt, **settings))
             else:
@@ -84,7 +98,15 @@ def _check(flags: argparse.Namespace) -> None:
         (flags.stream and (flags.prompts or flags.log_probabilities),
          "--stream shows one text", "leave out --prompts and --log_probabilities"),
         (flags.overwrite and not flags.out, "--overwrite is for --out", "--out=FILE"),
-        (flags.prompt is None and not flags.prompts and sys.stdin.isatty()
+        (flags.memory and flags.prompts, "--memory is one user's, and --prompts are of several",
+         "give --prompt"),
+        (not flags.memory and (flags.read_only or flags.write_only or flags.reset),
+         "--read_only, --write_only and --reset are for --memory", "--memory=FILE"),
+        (flags.read_only and (flags.write_only or flags.reset),
+         "--read_only goes with neither --write_only nor --reset", "give one of them"),
+        (flags.write_only and (flags.stream or flags.log_probabilities),
+         "--write_only writes no text", "leave out --stream and --log_probabilities"),
+        (flags.prompt is None and not flags.prompts and sys.stdin.isatty() and not flags.write_only
          and (flags.log_probabilities or flags.stream is False), "the interactive prompt shows "
          "text as it comes", "give --prompt or --prompts"),
         (flags.out and flags.out.is_dir(), f"{flags.out} is a folder", "--out takes a file"),

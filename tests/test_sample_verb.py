@@ -151,6 +151,12 @@ def test_a_prompt_without_room_does_not_end_the_conversation(tmp_path, capsys, m
     (["--prompts=a", "--out=/dev/null/x"], "cannot write to"),
     (["--prompts=a", "--out=/tmp", "--overwrite"], "is a folder"),
     (["--prompt=a", "--overwrite"], "--overwrite is for --out"),
+    (["--prompts=a", "--memory=b"], "--memory is one user's"),
+    (["--prompt=a", "--reset"], "are for --memory"),
+    (["--prompt=a", "--memory=b", "--read_only", "--write_only"], "goes with neither"),
+    (["--prompt=a", "--memory=b", "--read_only", "--reset"], "goes with neither"),
+    (["--prompt=a", "--memory=b", "--write_only", "--stream"], "writes no text"),
+    (["--prompt=a", "--memory=b"], "the model has no memory"),
     (["--prompt=a", "--top_k=x"], "invalid int value"), (["--prompt=a", "--skip"], "segment flow")])
 def test_flags_that_make_no_sense_are_refused(flags, message, folder):
     with pytest.raises(ConfigError, match=message):

@@ -22,6 +22,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from hippocampus.generation.sampling import SamplerSettings, choose_tokens
+from hippocampus.ops.memory_state import MemoryState
 
 CHUNKS = (256, 32)
 """Tokens of a prompt that are read at once, largest first."""
@@ -78,7 +79,8 @@ def capacity(length: int, context: int) -> int:
 
 
 def start(model: Any, variables: Any, prompts: Sequence[Int[np.ndarray, " n"]], *, max_length: int,
-          passes: int | None = None, skip: bool = False, memory: Any = None) -> DecodeState:
+          passes: int | None = None, skip: bool = False,
+          memory: MemoryState | None = None) -> DecodeState:
     """Reads the prompts.
 
     Args:
@@ -87,8 +89,7 @@ def start(model: Any, variables: Any, prompts: Sequence[Int[np.ndarray, " n"]], 
       prompts: ids; a row without any stands for nothing and is done.
       max_length: tokens that a row looks back to (see `init_cache` of the model).
       passes, skip: reasoning passes, and whether the flow network stands for the last one.
-      memory: of the user of each row, for a model whose cache has one; None = new ones. Give it as
-        numpy arrays, or as arrays that are used up.
+      memory: of the user of each row, for a model that has one; None = new ones.
 
     Returns:
       The state from which `write` draws the first token.
@@ -98,8 +99,9 @@ def start(model: Any, variables: Any, prompts: Sequence[Int[np.ndarray, " n"]], 
     for row, prompt in zip(tokens, prompts, strict=True):
         row[:len(prompt)] = prompt
     state = _empty(model, variables, len(prompts), max_length, passes)
-    if memory is not None:
-        state = dataclasses.replace(state, cache=state.cache.replace(memory=memory))
+    if memory is not None:  # a copy, because the state is used up
+        state = dataclasses.replace(
+            state, cache=state.cache.replace(memory=jax.tree.map(jnp.array, memory)))
     for begin, size in _chunks(int(lengths.max())):
         chunk = tokens[:, begin:begin + size]
         chunk = np.pad(chunk, ((0, 0), (0, size - chunk.shape[1])))
@@ -178,8 +180,11 @@ def _chunks(length: int) -> Iterator[tuple[int, int]]:
 def _empty(model: Any, variables: Any, batch: int, max_length: int,
            passes: int | None) -> DecodeState:
     V = model.head(variables["params"]).weight_VD.shape[0]
+    cache = model.init_cache(batch, max_length, passes)
+    if hasattr(model, "new_memory"):  # which parameters may have a part in
+        cache = cache.replace(memory=model.new_memory(variables["params"], batch))
     return DecodeState(
-        cache=model.init_cache(batch, max_length, passes), logits_BV=jnp.zeros((batch, V)),
+        cache=cache, logits_BV=jnp.zeros((batch, V)),
         seen_BV=jnp.zeros((batch, V), bool), done_B=jnp.ones((batch,), bool), drawn=jnp.int32(0))
 
 

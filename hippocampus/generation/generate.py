@@ -17,6 +17,7 @@ from hippocampus.errors import ConfigError
 from hippocampus.generation import decode
 from hippocampus.generation.sampling import SamplerSettings
 from hippocampus.generation.text_stream import TextStream
+from hippocampus.ops.memory_state import MemoryState, join_users
 
 ROWS_PER_BATCH = 64
 """Most prompts that are decoded side by side."""
@@ -114,9 +115,9 @@ class Row:
     """One prompt and what was written behind it."""
 
     def __init__(self, prompt: Int[np.ndarray, " n"], seed: int, tokenizer: Tokenizer,
-                 stop: Sequence[str]):
-        """Nothing is written yet."""
-        self.prompt, self.seed = prompt, seed
+                 stop: Sequence[str], memory: MemoryState | None = None):
+        """Nothing is written yet; `memory` is of the row's user."""
+        self.prompt, self.seed, self.memory = prompt, seed, memory
         self._stream, self._end_ids = TextStream(tokenizer, prompt, stop), tokenizer.end_ids
         self._tokens: list[int] = []
         self._log_p: list[float] = []
@@ -146,6 +147,13 @@ class Row:
         return Continuation(self._stream.text, tuple(self._tokens[:kept]),
                             tuple(self._log_p[:kept]), "stop" if self.done else "length")
 
+    @property
+    def said(self) -> Int[np.ndarray, " n"]:
+        """The prompt and the ids that were drawn behind it, without the one that ended the text."""
+        tokens = self.continuation.tokens
+        ended = tokens[-1:] and tokens[-1] in self._end_ids
+        return np.concatenate((self.prompt, np.array(tokens[:-1] if ended else tokens, np.int32)))
+
 
 def write_rows(model: Any, variables: Any, rows: Sequence[Row], request: Request, *, context: int,
                end_ids: Sequence[int], streamed: bool = False) -> Iterator[list[str]]:
@@ -154,7 +162,7 @@ def write_rows(model: Any, variables: Any, rows: Sequence[Row], request: Request
     Args:
       model: an unbound model.
       variables: from `decode_variables` of the model.
-      rows: at most `ROWS_PER_BATCH`.
+      rows: at most `ROWS_PER_BATCH`; all with a memory, or none.
       request: what is asked for.
       context: tokens that a row looks back to at most.
       end_ids: the ids that end a row.
@@ -173,7 +181,8 @@ def write_rows(model: Any, variables: Any, rows: Sequence[Row], request: Request
     if left:
         state = decode.start(
             model, variables, [*(row.prompt for row in rows), *nothing],
-            max_length=decode.capacity(longest, context), passes=request.passes, skip=request.skip)
+            max_length=decode.capacity(longest, context), passes=request.passes, skip=request.skip,
+            memory=_memories(rows, B))
     while left > 0 and not all(row.done for row in rows):
         state, drawn = decode.write(model, variables, state, seeds_B, request.sampler,
                                     min(limit, left), end_ids, skip=request.skip)
@@ -187,6 +196,14 @@ def write_rows(model: Any, variables: Any, rows: Sequence[Row], request: Request
             state = decode.stop_rows(
                 state, np.array([*(row.done for row in rows), *[True] * len(nothing)]))
     yield [row.finish() for row in rows]
+
+
+def _memories(rows: Sequence[Row], B: int) -> MemoryState | None:
+    """Of the rows' users, and memories without a slot for the rows that stand for nothing."""
+    own = [row.memory for row in rows if row.memory is not None]
+    if not own:
+        return None
+    return join_users([*own, *[jax.tree.map(np.zeros_like, own[0])] * (B - len(rows))])
 
 
 def in_batches(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
@@ -28,10 +29,14 @@ from hippocampus.generation.generate import (
     in_batches,
     write_rows,
 )
+from hippocampus.generation.memory_file import Fingerprint
+from hippocampus.generation.remembering import Memory, Remembered, Turn, document_ids, one_each
+from hippocampus.generation.user_memory import UserMemory, fingerprint_of
 from hippocampus.models import taps
 from hippocampus.ops.cross_entropy import token_nll
 
 _SHORTEST_WINDOW = 32
+_ANSWERING = ("read+write", "read_only", "frozen")
 
 
 class Settings(TypedDict, total=False):
@@ -47,6 +52,8 @@ class Settings(TypedDict, total=False):
     stop: str | Sequence[str]
     segments: int | None
     skip: bool
+    memory: Memory | Sequence[Memory] | None
+    memory_mode: str
 
 
 @dataclass(frozen=True)
@@ -116,11 +123,12 @@ class LanguageModel:
                  temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
                  repetition_penalty: float = 1.0, seed: int | Sequence[int] = 0,
                  stop: str | Sequence[str] = (), segments: int | None = None, skip: bool = False,
+                 memory: Memory | Sequence[Memory] | None = None, memory_mode: str = "read+write",
                  log_probabilities: bool = False, stream: bool = False) -> Any:
         """Continues a text, or each of several.
 
-        A text depends on its own prompt and seed alone. It ends after `max_new_tokens`, in front
-        of a stop string, or where the model ends it (`<|endoftext|>`, which is not part of it).
+        A text depends on its own prompt, seed and memory alone. It ends after `max_new_tokens`, in
+        front of a stop string, or where the model ends it (`<|endoftext|>`, not part of it).
 
         Args:
           prompt: the text to continue, at least one token; or a list of them.
@@ -134,6 +142,11 @@ class LanguageModel:
           stop: strings that end a text.
           segments: reasoning passes; None = as in training.
           skip: one pass and one step of the segment flow instead of all passes.
+          memory: of the user who asks, for a model that has one; for a list of prompts as many. It
+            is read while the text is drawn; then prompt and text are written, and it is saved,
+            which a stream does at its end. None = a new one, which is forgotten.
+          memory_mode: "read+write"; "read_only" saves only how much was read of what; "frozen"
+            saves nothing.
           log_probabilities: give tokens and their log-probabilities too.
           stream: as `stream`.
 
@@ -142,9 +155,11 @@ class LanguageModel:
           `log_probabilities` a `Continuation` in place of each text, with `stream` an iterator.
 
         Raises:
-          ConfigError: a setting out of range or not for this model, an empty prompt, or, with
-            learned positions, more tokens than the model has positions.
+          ConfigError: a setting out of range or not for this model, an empty prompt, one memory for
+            two, or, with learned positions, more tokens than the model has positions.
           DataError: a character that the tokenizer does not know.
+          CheckpointError: a memory that is damaged or another model's, is only to be read and not
+            there, or cannot be saved; the old one stays.
         """
         request = Request.check(
             self.model, max_new_tokens=max_new_tokens, stop=stop, segments=segments, skip=skip,
@@ -158,14 +173,20 @@ class LanguageModel:
         ids = [self._encode(text, "the prompt" if one else f"prompt {n} of {len(prompts)}",
                             request) for n, text in enumerate(prompts, 1)]
         seeds = check_seeds(seed, len(prompts))
-        rows = [Row(row, int(own), self.tokenizer, request.stop)
-                for row, own in zip(ids, seeds, strict=True)]
+        if memory_mode not in _ANSWERING or (memory is None and memory_mode != _ANSWERING[0]):
+            raise ConfigError(f"memory_mode is {memory_mode!r}", "it must be one of "
+                              f"{', '.join(_ANSWERING)}, with a memory")
+        turn = None if memory is None else self._turn(memory, memory_mode, prompts, one)
+        states = turn.states if turn else [None] * len(prompts)
+        rows = [Row(row, int(own), self.tokenizer, request.stop, state)
+                for row, own, state in zip(ids, seeds, states, strict=True)]
         if stream:
-            pieces = self._write(rows, request, streamed=True)
-            return (piece for (piece,) in pieces if piece)
+            return self._stream(rows, request, turn)
         for batch in in_batches(rows):
             for _ in self._write(batch, request):
                 pass
+        if turn:
+            self._finish(turn, [row.said for row in rows])
         found = [row.continuation if log_probabilities else row.continuation.text for row in rows]
         return found[0] if one else found
 
@@ -174,12 +195,64 @@ class LanguageModel:
 
         Args:
           prompt: the text to continue; at least one token.
-          settings: as for `generate`; the pieces together are what it gives.
+          settings: as for `generate`; the pieces together are what it gives. A memory is saved when
+            no piece is left; a stream that is dropped before leaves it as it was.
 
         Raises:
           ConfigError, DataError: as `generate`, before the first piece is asked for.
         """
         return self.generate(prompt, stream=True, **settings)
+
+    @overload
+    def remember(self, text: str, *, memory: Memory) -> Remembered: ...  # type: ignore[overload-overlap]
+    @overload
+    def remember(self, text: Sequence[str], *,
+                 memory: Sequence[Memory]) -> list[Remembered]: ...
+    def remember(self, text: str | Sequence[str], *,
+                 memory: Memory | Sequence[Memory]) -> Remembered | list[Remembered]:
+        """Writes a text into a memory, as a story is in training, and saves it; nothing is read.
+
+        Args:
+          text: of any length; or a list, each for a user of its own.
+          memory: of the user; for a list of texts as many.
+
+        Returns:
+          What went in.
+
+        Raises:
+          ConfigError, DataError, CheckpointError: as `generate`; nothing is saved.
+        """
+        one = isinstance(text, str)
+        texts = [text] if isinstance(text, str) else list(text)
+        ids = [document_ids(each, self.tokenizer, "the text" if one else
+                            f"text {n} of {len(texts)}") for n, each in enumerate(texts, 1)]
+        found = self._finish(self._turn(memory, "write_only", texts, one), ids)
+        return found[0] if one else found
+
+    def open_memory(self, path: str | Path | None = None, *, new: bool = False) -> UserMemory:
+        """The memory of a user of this model.
+
+        Args:
+          path: its file, which need not be there yet; None = a memory that is not kept.
+          new: begin with a new one in place of what the file holds until the first save.
+
+        Raises:
+          ConfigError: the model has no memory, or no file can be there.
+          CheckpointError: what is there is damaged, no memory, another model's (unless `new`), or
+            of several users.
+        """
+        return UserMemory(path, self.fingerprint, self._new_memory, new=new)
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """What tells memories of this model from all others.
+
+        Raises:
+          ConfigError: it has no memory.
+        """
+        if not hasattr(self.model, "new_memory"):
+            raise ConfigError("the model has no memory", "models of the family chopt have one")
+        return fingerprint_of(self.model, self.params, self.tokenizer)
 
     @cached_property
     def decode_variables(self) -> dict[str, Any]:
@@ -253,6 +326,25 @@ class LanguageModel:
                 f"more than the model's {longest} learned positions",
                 "give less of one of them")
         return ids
+
+    @cached_property
+    def _new_memory(self) -> Any:
+        return jax.device_get(jax.jit(self.model.new_memory, static_argnums=1)(self.params, 1))
+
+    def _turn(self, memory: Any, mode: str, texts: Sequence[str], one: bool) -> Turn:
+        given = [memory] if one else memory
+        return Turn(one_each(given, len(texts), self.open_memory, self.fingerprint), mode)
+
+    def _finish(self, turn: Turn, ids: Sequence[Int[np.ndarray, " n"]]) -> list[Remembered]:
+        return turn.finish(self.model, self.params, ids, context=self.context,
+                           begin_id=getattr(self.tokenizer, "begin_id", None))
+
+    def _stream(self, rows: Sequence[Row], request: Request, turn: Turn | None) -> Iterator[str]:
+        for (piece,) in self._write(rows, request, streamed=True):
+            if piece:
+                yield piece
+        if turn:
+            self._finish(turn, [row.said for row in rows])
 
     def _write(self, rows: Sequence[Row], request: Request, *,
                streamed: bool = False) -> Iterator[list[str]]:

@@ -104,7 +104,8 @@ def write_lines(lines: Iterator[dict[str, Any]], out: Path | None = None) -> Non
 def converse(lm: LanguageModel, **settings: Any) -> None:
     """Continues what is typed, line by line, until an empty line or the end of the input.
 
-    Ctrl-C ends a text that is being written, and nothing else.
+    Ctrl-C ends a text that is being written, and nothing else. A memory is saved after each text;
+    of one that was ended so nothing is remembered.
 
     Raises:
       ConfigError: a setting out of range; of a prompt it is only said.
@@ -112,7 +113,8 @@ def converse(lm: LanguageModel, **settings: Any) -> None:
     import readline  # noqa: F401  (input() edits lines and remembers them by it)
 
     check_seeds(settings["seed"], 1)
-    Request.check(lm.model, **{name: settings[name] for name in settings if name != "seed"})
+    Request.check(lm.model, **{name: settings[name] for name in settings
+                               if name not in ("seed", "memory", "memory_mode")})
     while True:
         try:
             prompt = input("> ")

@@ -195,8 +195,21 @@ class CHopT(nn.Module):
         return normalised
 
     @nn.nowrap
+    def new_memory(self, params: Any, users: int) -> MemoryState:
+        """The memories of new users, as `forward` gives them to rows that start afresh.
+
+        Args:
+          params: of the model.
+          users: how many.
+        """
+        found: Any = self._bank().apply({"params": params["memory_bank"]}, users,
+                                        method="init_state")
+        memory: MemoryState = found
+        return memory
+
+    @nn.nowrap
     def init_cache(self, batch: int, max_length: int, passes: int | None = None) -> CHopTCache:
-        """The cache before the first token, with new memories; needs no parameters.
+        """The cache before the first token, with memories in which nothing is; needs no parameters.
 
         Args:
           batch: rows B.
