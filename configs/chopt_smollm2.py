@@ -29,16 +29,16 @@ def get_config() -> ConfigDict:
     config.data.corpus = "fairytaleqa"
     config.data.tokenizer = "backbone"
     config.data.stories.story_weight = 0.1
-    config.data.stories.question_rows = 2
-    config.train.steps = 600
-    config.train.batch_size = 32
+    config.data.stories.question_rows = 4
+    config.train.steps = 1500
+    config.train.batch_size = 16
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 50
     config.optimizer.weight_decay = 0.01
     config.ema.decay = 0.99
     config.eval.batch_size = 8
-    config.eval.every_steps = 200
-    config.checkpoint.every_steps = 200
+    config.eval.every_steps = 300
+    config.checkpoint.every_steps = 300
     config.sample.prompt = "Question: Who was sad?\nAnswer:"
     config.sample.max_new_tokens = 40
     return config

@@ -24,8 +24,8 @@ from hippocampus.models.build_model import build_model
 from hippocampus.models.halves import whole
 from hippocampus.runs.run_folder import read_metrics
 from hippocampus.training.data import read_data
-from hippocampus.training.losses import training_loss
 from hippocampus.training.loop import fit
+from hippocampus.training.losses import training_loss
 from hippocampus.training.opening import with_architecture
 
 HALF = 3
@@ -126,7 +126,7 @@ def test_another_decoder_is_refused_and_a_missing_one_is_named(run, tmp_path):
     (moved / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="is not the decoder that the run"):
         load(moved)
-    with pytest.raises((CheckpointError, ConfigError), match="decoder|model.backbone.path"):
+    with pytest.raises((CheckpointError, ConfigError), match=r"decoder|model\.backbone\.path"):
         fit(chopt_run.config(model__backbone__path=str(chopt_run.decoder(1)), train__steps=8),
             moved)
     config["model"]["backbone"]["path"] = str(tmp_path / "nowhere")
@@ -190,8 +190,8 @@ def test_gradients_reach_from_an_answer_into_the_writes_of_its_row_and_end_there
 
     told = next(i for i in range(99) if streams.batch(i + 1).question_B.all()
                 and not streams.batch(i).question_B.any())
-    together, state = gradient(trained, joined([streams.batch(told), streams.batch(told + 1)]),
-                               model.init_state(streams.batch(told)))
+    together, _ = gradient(trained, joined([streams.batch(told), streams.batch(told + 1)]),
+                           model.init_state(streams.batch(told)))
     assert np.abs(together).max() > 0
     carried = model.init_state(streams.batch(told))
     blank = jax.tree.map(np.zeros_like, streams.batch(told))
@@ -203,7 +203,7 @@ def test_gradients_reach_from_an_answer_into_the_writes_of_its_row_and_end_there
 
 @pytest.mark.parametrize(("context", "batch_size"), [(CHUNK, 3), (3 * CHUNK, 2)])
 def test_a_score_does_not_depend_on_how_stories_are_cut_into_batches(parts, context, batch_size):
-    config, model, data, trained, frozen = parts
+    _, model, data, trained, frozen = parts
     params, text = whole(model, trained, frozen), data.held_out(False)
     found = score_stories(model, params, text.windows(context, 0, batch_size), text)
     wanted = score_stories(model, params, text.windows(2 * CHUNK, 0, 3), text)
@@ -212,7 +212,7 @@ def test_a_score_does_not_depend_on_how_stories_are_cut_into_batches(parts, cont
 
 
 def test_a_score_is_of_the_memory_of_the_story_that_is_asked_about(parts):
-    config, model, data, trained, frozen = parts
+    _, model, data, trained, frozen = parts
     params, text = whole(model, trained, frozen), data.held_out(False)
     windows = text.windows(CHUNK, 0, 1)
     with_memory = score_stories(model, params, windows, text).nats_per_token
