@@ -8,7 +8,7 @@ from scipy.stats import permutation_test
 
 from hippocampus.errors import DataError
 from hippocampus.evaluation import paired
-from hippocampus.evaluation.paired import compare_paired, smallest_effect
+from hippocampus.evaluation.paired import compare_paired, mean_interval, smallest_effect
 
 
 def by_name(values):
@@ -106,3 +106,15 @@ def test_only_stories_that_both_have_are_paired():
 def test_what_cannot_be_compared_is_refused(ours, theirs, message):
     with pytest.raises(DataError, match=message):
         compare_paired(ours, theirs)
+
+
+def test_a_stricter_level_needs_a_larger_effect():
+    usual, strict = smallest_effect(2.0, 16), smallest_effect(2.0, 16, 0.01)
+    assert strict / usual == pytest.approx((2.5758 + 0.8416) / (1.9600 + 0.8416), rel=1e-3)
+
+
+def test_the_interval_of_a_mean_is_that_of_a_comparison_with_nothing():
+    values = {f"s{i}": float(x) for i, x in enumerate(np.random.default_rng(0).normal(size=9))}
+    one = compare_paired(values, dict.fromkeys(values, 0.0), seed=4)
+    assert mean_interval(list(values.values()), seed=4) == (one.low, one.high)
+    assert mean_interval([2.0, 2.0]) == (2.0, 2.0)

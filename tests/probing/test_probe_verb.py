@@ -71,6 +71,7 @@ def test_a_run_without_out_has_its_probes_in_its_own_folder(tmp_path, capsys, mo
     (ConfigError, "--seed is -1", ["--seed=-1"]),
     (ConfigError, "invalid choice: 'both'", ["--weights=both"]),
     (DataError, "has no test split", ["--split=test"]),
+    (ConfigError, "memory is not for .* a model of the hybrid family", ["--suite=paths,memory"]),
 ])
 def test_what_cannot_be_probed_is_refused_before_anything_is_measured(
         error, message, flags, tmp_path):
