@@ -640,9 +640,24 @@ def test_ci_checks_a_newer_python_and_closes_with_the_full_run(checkout):
     assert done.returncode == 0, done.stderr
     lanes = [call for call in checkout.calls() if "pytest" in call]
     assert [lane[0] for lane in lanes] == ["python3.12", "python3.11"]
-    assert "-k" in lanes[0] and lanes[1][-1] == "--full"
+    assert lanes[0][-2:] == ("-k", "golden or public_api or resume")
+    assert lanes[1][-1] == "--full"
     assert done.stdout.splitlines()[-1] == "pytest on 3.11, JAX_PLATFORMS=cpu"
     assert (checkout.root / ".venv.lane2").is_dir()
+
+
+def test_the_newer_python_reads_only_files_that_can_have_one_of_its_tests(checkout):
+    checkout.python("python3.12", version="3.12")
+    (checkout.root / "tests/runs").mkdir(parents=True)
+    for name, text in (("runs/test_a.py", "def test_a_Resume_of_something(): ..."),
+                       ("runs/test_b.py", "def test_of_something_else(): ..."),
+                       ("test_public_api.py", ""), ("resume.py", "")):
+        (checkout.root / "tests" / name).write_text(text)
+    assert checkout.sh("bash", ".ci/run").returncode == 0
+    lanes = [call for call in checkout.calls() if "pytest" in call]
+    assert lanes[0][-3:] == ("golden or public_api or resume", "tests/runs/test_a.py",
+                                 "tests/test_public_api.py")
+    assert "golden or public_api or resume" not in lanes[1]
 
 
 @pytest.mark.parametrize("fails", ["pytest@3.11", "pytest@3.12", "pytest@3.11 pytest@3.12"])
