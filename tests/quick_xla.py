@@ -1,0 +1,14 @@
+"""What makes XLA's compiler for the CPU quick: most of a test's time goes into compilers.
+
+Programs of tests run for milliseconds, so they need no LLVM optimisations; and the fusion emitters,
+which go through MLIR, take about as long as the rest of a compilation. `--full` compiles as users
+do.
+"""
+
+from importlib import metadata
+
+FLAGS = ("--xla_backend_optimization_level=0",)
+
+# A flag that XLA does not know ends the process, and newer ones have no other emitters.
+if metadata.version("jaxlib").startswith("0.10."):
+    FLAGS += ("--xla_cpu_use_fusion_emitters=false",)
