@@ -8,10 +8,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import long_files
 import pytest
 import quick_xla
 
 from hippocampus import xla_flags
+
+TESTS = Path(__file__).resolve().parent
 
 
 def pytest_addoption(parser):
@@ -38,6 +41,8 @@ def pytest_collection():
 
 
 def pytest_collection_modifyitems(config, items):
+    places = {TESTS / file: n for n, file in enumerate(long_files.FILES)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
     if not config.getoption("--full"):
         for item in items:
             if item.get_closest_marker("full"):
@@ -55,7 +60,7 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tinyshakespeare_path() -> Path:
-    default = Path(__file__).resolve().parents[1] / "../shared/data"
+    default = TESTS.parent / "../shared/data"
     path = Path(os.environ.get("HIPPOCAMPUS_DATA") or default) / "tinyshakespeare.txt"
     if not path.is_file():
         pytest.skip(f"no {path.name} in $HIPPOCAMPUS_DATA or ../shared/data")
