@@ -599,6 +599,13 @@ def test_the_slow_tests_get_a_second_environment_for_the_tpu_compiler(checkout):
     assert len([call for call in checkout.calls() if "install" in call]) == 2
 
 
+@pytest.mark.parametrize("forbidden", ["", "1"])
+def test_the_package_is_compiled_once_where_its_processes_may_not(checkout, forbidden):
+    assert checkout.sh("./test", PYTHONDONTWRITEBYTECODE=forbidden).returncode == 0
+    found = [call[1:] for call in checkout.calls() if "compileall" in call]
+    assert found == [("-m", "compileall", "-q", "hippocampus")] * bool(forbidden)
+
+
 @pytest.mark.parametrize("arguments", [[], ["--fullest"]])
 def test_the_quick_tests_need_no_second_environment(checkout, arguments):
     assert checkout.sh("./test", *arguments).returncode == 0
