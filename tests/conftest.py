@@ -1,15 +1,20 @@
 """What several test folders share: the `--full` lane and the data that may be absent."""
 
 import functools
+import gc
 import os
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import long_files
 import pytest
+import quick_xla
 
 from hippocampus import xla_flags
+
+TESTS = Path(__file__).resolve().parent
 
 
 def pytest_addoption(parser):
@@ -20,12 +25,24 @@ def pytest_configure(config):
     # A shell starts its background jobs with Ctrl-C ignored, and their children inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    # Most of the time goes into compilers, and a quarter of it into making short programs faster.
     if os.environ.get("JAX_PLATFORMS") == "cpu" and not config.getoption("--full"):
-        xla_flags.prepare("--xla_backend_optimization_level=0")
+        xla_flags.prepare(*quick_xla.FLAGS)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_collection():
+    """What has been collected lives to the end: the garbage collector need not look at it again."""
+    gc.disable()
+    yield
+    gc.freeze()
+    # Traces of programs are made of many small objects, of which few are ever garbage.
+    gc.set_threshold(10_000, 20, 20)
+    gc.enable()
 
 
 def pytest_collection_modifyitems(config, items):
+    places = {TESTS / file: n for n, file in enumerate(long_files.FILES)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
     if not config.getoption("--full"):
         for item in items:
             if item.get_closest_marker("full"):
@@ -43,7 +60,7 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tinyshakespeare_path() -> Path:
-    default = Path(__file__).resolve().parents[1] / "../shared/data"
+    default = TESTS.parent / "../shared/data"
     path = Path(os.environ.get("HIPPOCAMPUS_DATA") or default) / "tinyshakespeare.txt"
     if not path.is_file():
         pytest.skip(f"no {path.name} in $HIPPOCAMPUS_DATA or ../shared/data")

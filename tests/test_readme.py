@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import quick_xla
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"<!-- tested -->\n```(bash|python)\n(.*?)```",
@@ -34,7 +35,7 @@ def _python(arguments, folder):
         [sys.executable, *arguments], cwd=folder, text=True, timeout=200, capture_output=True,
         env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin",
              "HOME": str(folder), "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
-             "XLA_FLAGS": "--xla_backend_optimization_level=0"})
+             "XLA_FLAGS": " ".join(quick_xla.FLAGS)})
 
 
 def test_the_readme_has_commands_and_python():

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import quick_xla
 import tiny_run
 
 MAX_SECONDS = 150
@@ -40,7 +41,7 @@ def clean_environment(n_devices: int, **extra: str) -> dict[str, str]:
                or name.startswith("JAX_PERSISTENT")) and "proxy" not in name.lower()}
     return {**env, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(n_devices),
             "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0", **extra}
+            "XLA_FLAGS": " ".join(quick_xla.FLAGS), **extra}
 
 
 def free_port() -> int:

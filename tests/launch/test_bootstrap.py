@@ -574,7 +574,7 @@ def test_lint_comes_before_the_tests(checkout):
 def test_files_of_tests_are_shared_out_over_the_cores(checkout, cores, workers):
     checkout.program("nproc", f"#!/bin/sh\necho {cores}\n")
     done = checkout.sh("./test", "tests/ops", "-k", "a or b")
-    given = ("-n", workers, "--dist", "loadfile") if workers else ()
+    given = ("-n", workers, "--dist", "loadfile", "--no-loadscope-reorder") if workers else ()
     assert checkout.calls()[-1][2:] == ("pytest", "-q", *given, "tests/ops", "-k", "a or b")
     assert done.stdout == "pytest on 3.11, JAX_PLATFORMS=cpu\n"
 
@@ -597,6 +597,13 @@ def test_the_slow_tests_get_a_second_environment_for_the_tpu_compiler(checkout):
     again = checkout.sh("./test", "--full")
     assert again.returncode == 0 and "Setting up" not in again.stderr
     assert len([call for call in checkout.calls() if "install" in call]) == 2
+
+
+@pytest.mark.parametrize("forbidden", ["", "1"])
+def test_the_package_is_compiled_once_where_its_processes_may_not(checkout, forbidden):
+    assert checkout.sh("./test", PYTHONDONTWRITEBYTECODE=forbidden).returncode == 0
+    found = [call[1:] for call in checkout.calls() if "compileall" in call]
+    assert found == [("-m", "compileall", "-q", "hippocampus")] * bool(forbidden)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--fullest"]])
@@ -640,9 +647,24 @@ def test_ci_checks_a_newer_python_and_closes_with_the_full_run(checkout):
     assert done.returncode == 0, done.stderr
     lanes = [call for call in checkout.calls() if "pytest" in call]
     assert [lane[0] for lane in lanes] == ["python3.12", "python3.11"]
-    assert "-k" in lanes[0] and lanes[1][-1] == "--full"
+    assert lanes[0][-2:] == ("-k", "golden or public_api or resume")
+    assert lanes[1][-1] == "--full"
     assert done.stdout.splitlines()[-1] == "pytest on 3.11, JAX_PLATFORMS=cpu"
     assert (checkout.root / ".venv.lane2").is_dir()
+
+
+def test_the_newer_python_reads_only_files_that_can_have_one_of_its_tests(checkout):
+    checkout.python("python3.12", version="3.12")
+    (checkout.root / "tests/runs").mkdir(parents=True)
+    for name, text in (("runs/test_a.py", "def test_a_Resume_of_something(): ..."),
+                       ("runs/test_b.py", "def test_of_something_else(): ..."),
+                       ("test_public_api.py", ""), ("resume.py", "")):
+        (checkout.root / "tests" / name).write_text(text)
+    assert checkout.sh("bash", ".ci/run").returncode == 0
+    lanes = [call for call in checkout.calls() if "pytest" in call]
+    assert lanes[0][-3:] == ("golden or public_api or resume", "tests/runs/test_a.py",
+                                 "tests/test_public_api.py")
+    assert "golden or public_api or resume" not in lanes[1]
 
 
 @pytest.mark.parametrize("fails", ["pytest@3.11", "pytest@3.12", "pytest@3.11 pytest@3.12"])

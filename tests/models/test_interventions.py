@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick_xla
 
 from hippocampus.config import PATHS
 from hippocampus.data.batches import Batch
@@ -95,7 +96,8 @@ def test_arrays_that_change_nothing_give_the_bits_of_the_plain_run(
     neutral = Interventions.neutral(model.config.n_layers, B, T, passes)
     # Everything is an argument: what XLA folds as a constant, it rounds in another way.
     run = jax.jit(lambda params, batch, interventions: model.apply(
-        {"params": params}, batch, method="forward", interventions=interventions)[0])
+        {"params": params}, batch, method="forward", interventions=interventions)[0],
+        compiler_options=quick_xla.USUAL_EMITTERS)
     batch = batch_of(TOKENS, *packed)
     np.testing.assert_array_equal(run(params, batch, neutral), run(params, batch, Interventions()))
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick_xla
 import tiny_run
 
 from hippocampus.errors import ConfigError
@@ -317,7 +318,8 @@ print(json.dumps(errors))
 
 def test_tokens_and_table_spread_over_devices_give_the_same_loss_and_gradients():
     environment = {**tiny_run.environment(),
-                   "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+                   "XLA_FLAGS": " ".join(
+                       ("--xla_force_host_platform_device_count=8", *quick_xla.FLAGS))}
     done = subprocess.run([sys.executable, "-c", EIGHT], capture_output=True, text=True,
                           timeout=300, env=environment)
     assert done.returncode == 0, done.stderr

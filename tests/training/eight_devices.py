@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
 
+import quick_xla  # noqa: E402
 import tiny_run  # noqa: E402
 
 STEPS = 3
@@ -153,8 +154,8 @@ def compare(name: str, axes: list[int]) -> dict[str, Any]:
 @functools.cache
 def on_eight_devices(script: Path, cases: str) -> tuple[dict[str, Any], str]:
     """Runs a script like this one; returns what it printed, and its stderr."""
-    env = {**tiny_run.environment(), "XLA_FLAGS": (
-        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")}
+    env = {**tiny_run.environment(), "XLA_FLAGS": " ".join(
+        ("--xla_force_host_platform_device_count=8", *quick_xla.FLAGS))}
     done = subprocess.run([sys.executable, str(script), cases], env=env, text=True,
                           capture_output=True, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]

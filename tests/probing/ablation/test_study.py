@@ -64,8 +64,9 @@ def compiled_for_all():
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, quiet, compiled_for_all):
-    """Trained in one go."""
+    """Trained in one go, by the verb; and what is read of it."""
     out = tmp_path_factory.mktemp("ablation") / "whole"
+    finish(out)
     return out, carry_out(study(out), quiet)
 
 
@@ -109,6 +110,12 @@ class Started:
         return self.process.wait(timeout=60)
 
 
+def finish(out: Path) -> None:
+    """Goes on to the end, in a process like those that are stopped: they round alike."""
+    done = Started(command(out))
+    assert done.process.wait(timeout=120) == 0, "".join(done.lines)
+
+
 def test_every_cell_is_a_run_folder_with_its_seed(uninterrupted):
     out, _ = uninterrupted
     for width in (16, 24):
@@ -137,7 +144,7 @@ def test_the_files_hold_the_losses_of_the_runs(uninterrupted):
     assert page.count("<svg") == 2 and "width=24" in page and "unigram" in page
 
 
-def test_an_ablation_stopped_and_killed_ends_with_the_same_tables(uninterrupted, tmp_path, quiet):
+def test_an_ablation_stopped_and_killed_ends_with_the_same_tables(uninterrupted, tmp_path):
     out = tmp_path / "out"
     stopped = Started(command(out))
     stopped.after("step  5/12", 1)
@@ -149,7 +156,7 @@ def test_an_ablation_stopped_and_killed_ends_with_the_same_tables(uninterrupted,
     done = [path.parent.name for path in out.glob("*/seed_*/results.json")]
     assert 1 <= len(done) < 4
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/seed_*/results.json")}
-    carry_out(study(out), quiet)
+    finish(out)
     assert {path: path.stat().st_mtime_ns for path in before} == before  # not trained again
     for file in ("ablation.csv", "runs.csv"):
         assert rows(out, file) == rows(uninterrupted[0], file)
@@ -184,15 +191,14 @@ def test_more_seeds_are_added_and_one_that_does_not_recover_stops_no_other(
 
 
 @pytest.mark.full
-def test_an_ablation_killed_at_random_moments_ends_with_the_same_tables(uninterrupted, tmp_path,
-                                                                        quiet):
+def test_an_ablation_killed_at_random_moments_ends_with_the_same_tables(uninterrupted, tmp_path):
     out, draw = tmp_path / "out", random.Random()
     for _ in range(8):
         killed = Started(command(out))
         time.sleep(draw.uniform(0.5, 9))
         if killed.process.poll() is None:
             assert killed.end(signal.SIGKILL) == -9
-    carry_out(study(out), quiet)
+    finish(out)
     for file in ("ablation.csv", "runs.csv"):
         assert rows(out, file) == rows(uninterrupted[0], file)
 
