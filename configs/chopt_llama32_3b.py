@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     """3.2 billion parameters that stay as they are; 24 million are trained."""
     config = defaults("chopt")
     config.model.vocab_size = LLAMA.vocab_size
-    config.model.backbone.architecture = architecture_text(LLAMA)  # a plan has no files
+    config.model.backbone.architecture = architecture_text(LLAMA)  # until its files are read
     config.model.backbone.train = "lora"
     config.model.lora.rank = 8
     config.model.lora.targets = ("layers_*.attention.*",)

@@ -10,12 +10,21 @@ Hardware:  two CPU cores
 
 from ml_collections import ConfigDict
 
+from hippocampus.backbones.architecture import Architecture, LayerSpec, architecture_text
+from hippocampus.backbones.rotary import Rope
 from hippocampus.config_files import defaults
+
+STORIES260K = Architecture(
+    family="llama", vocab_size=512, d_model=64, n_heads=8, n_kv_heads=4, head_width=8,
+    max_length=512, layers=(LayerSpec(172, Rope(1e4)),) * 5, norm_epsilon=1e-5,
+    query_scale=8**-0.5)
 
 
 def get_config() -> ConfigDict:
     """A decoder of 260 thousand parameters, small enough to see the whole machinery at work."""
     config = defaults("chopt")
+    config.model.vocab_size = STORIES260K.vocab_size
+    config.model.backbone.architecture = architecture_text(STORIES260K)  # until its files are read
     config.model.backbone.train = "lora"
     config.model.memory.n_slots = 64
     config.model.memory.n_writes = 8

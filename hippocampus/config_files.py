@@ -18,6 +18,7 @@ import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ _kinds: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
 def defaults(family: str = "hybrid") -> ConfigDict:
     """The default config of a model family, locked: every field is there, none can be invented."""
     values = dataclasses.asdict(Config(model=_family_class(family)()))
+    if "backbone" in values["model"]:
+        values["data"]["tokenizer"] = "backbone"  # a pretrained decoder has no other
     return ConfigDict(values).lock()
 
 
@@ -271,13 +274,21 @@ def _plain(config: ConfigDict, what: str) -> dict:
                           "give it one, or start the config from defaults()") from error
 
 
+class _LeavesNothing(SourceFileLoader):
+    """Makes no __pycache__ beside a user's file."""
+
+    def set_data(self, path: str, data: Any, *, _mode: int = 0o666) -> None:
+        """Writes nothing."""
+
+
 def _config_of(path: Path, argument: str) -> ConfigDict:
     if path.suffix != ".py" or not path.is_file():
         raise ConfigError(f"no config file at {path}", _nearest_file(path))
     module = types.ModuleType(path.stem)
     module.__file__ = str(path)
     try:
-        spec = importlib.util.spec_from_file_location(path.stem, path)
+        spec = importlib.util.spec_from_file_location(
+            path.stem, path, loader=_LeavesNothing(path.stem, str(path)))
         assert spec is not None and spec.loader is not None
         spec.loader.exec_module(module)
         get_config = getattr(module, "get_config", None)

@@ -512,5 +512,5 @@ def test_layer_paths_come_in_the_order_of_paths_and_start_late():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_check_together_returns_the_config(family):
-    config = Config(model=FAMILIES[family]())
+    config = load_config(defaults(family))
     assert check_together(config) is config and config.model.family == family

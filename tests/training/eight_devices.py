@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
 
+import chopt_run  # noqa: E402
 import quick_xla  # noqa: E402
 import tiny_run  # noqa: E402
 
@@ -61,6 +62,9 @@ MODELS |= {
         "model__dropout": 0.1, "train__grad_accumulation": 2, "ema__decay": 0.9,
         "loss__equilibrium__jacobian_weight": 0.1, "loss__equilibrium__jacobian_chance": 1.0,
         "loss__equilibrium__contraction_weight": 0.1, "loss__equilibrium__contraction_target": 0.1},
+    "chopt": {
+        "train__steps": 12, "optimizer__epsilon": 1.0, "optimizer__learning_rate": 0.3,
+        "model__compute_dtype": "float32", "train__batch_size": 8, "ema__decay": 0.9},
 }
 
 
@@ -69,11 +73,16 @@ def batch(config: Any, step: int, packed: bool) -> Any:
     import numpy as np
 
     from hippocampus.data.batches import Batch
+    from hippocampus.data.story_rows import ChunkedBatch
 
     draw = np.random.default_rng(step)
     shape = (config.train.batch_size, config.data.context)
     tokens, targets = draw.integers(0, 256, (2, *shape)).astype(np.int32)
     weight = draw.integers(0, 2, shape).astype(np.float32)
+    if config.model.family == "chopt":
+        kinds = draw.integers(0, 3, (shape[0], shape[1] // config.model.chunk))
+        return ChunkedBatch(tokens, targets, weight, reset_Bn=(kinds == 0) | (step == 0),
+                            question_Bn=kinds == 1, story_Bn=kinds.astype(np.int32))
     ids = np.sort(draw.integers(1, 4, shape), axis=1).astype(np.int32) if packed else None
     reset = None if config.data.order != "streams" else np.full(shape[0], step == 0)
     return Batch(tokens, targets, weight, document_ids_BT=ids, reset_B=reset)
@@ -85,11 +94,13 @@ def first_state(name: str) -> Any:
     import jax
 
     from hippocampus.training import sharding
+    from hippocampus.training.opening import from_files
     from hippocampus.training.step import sharded_init
 
     config, model, optimizer = parts(name)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    return sharded_init(model, optimizer, config, mesh)[0]()
+    make, like, _ = sharded_init(model, optimizer, config, mesh)
+    return from_files(config, model, like, make, True)
 
 
 @functools.cache
@@ -97,9 +108,11 @@ def parts(name: str) -> tuple[Any, Any, Any]:
     """Config, model and optimizer."""
     from hippocampus.devices import resolve
     from hippocampus.models.build_model import build_model
+    from hippocampus.training.opening import with_architecture
     from hippocampus.training.optimizer import build_optimizer
 
-    config, _ = resolve(tiny_run.config(**MODELS[name]))
+    make = chopt_run.config if name == "chopt" else tiny_run.config
+    config, _ = resolve(with_architecture(make(**MODELS[name])))
     return config, build_model(config), build_optimizer(config.optimizer, config.train.steps)
 
 
@@ -139,12 +152,15 @@ def compare(name: str, axes: list[int]) -> dict[str, Any]:
     wanted, (one, _) = train(name, (1, 1, 1, 1))
     far, shards = {}, {}
     for part, tree, other in (("params", state.params, one.params), ("ema", state.ema, one.ema),
+                              ("carried", state.carried, one.carried),
                               ("mu", state.opt_state[1][0].mu, one.opt_state[1][0].mu)):
-        largest = max(float(abs(np.asarray(leaf)).max()) for leaf in jax.tree.leaves(other))
+        largest = max([0.0, *(float(abs(np.asarray(leaf)).max())
+                              for leaf in jax.tree.leaves(other))])
         pairs = zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(other), strict=True)
         for (path, a), b in pairs:
-            size = float(abs(np.asarray(b)).max()) + 1e-3 * largest
-            far[f"{part}/{path_name(path)}"] = float(abs(np.asarray(a) - b).max()) / size
+            a_, b_ = np.asarray(a, np.float64), np.asarray(b, np.float64)
+            size = float(abs(b_).max()) + 1e-3 * largest
+            far[f"{part}/{path_name(path)}"] = float(abs(a_ - b_).max()) / size
             shards[f"{part}/{path_name(path)}"] = [a.size, a.addressable_shards[0].data.size]
     worst = max(far, key=lambda path: far[path])
     return {"losses": losses, "wanted": wanted, "worst": [worst, far[worst]], "shard": shard,

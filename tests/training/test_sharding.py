@@ -31,7 +31,8 @@ SCRIPT = Path(eight_devices.__file__)
 # (data, fsdp, tensor, sequence)
 MESHES = {"data=8": ("attention", (8, 1, 1, 1)),
           "fsdp=2 tensor=2 sequence=2": ("everything", (1, 2, 2, 2)),
-          "of an equilibrium": ("equilibrium", (1, 2, 2, 2))}
+          "of an equilibrium": ("equilibrium", (1, 2, 2, 2)),
+          "of a chopt": ("chopt", (4, 2, 1, 1))}
 SIZES = (1, 2, 4, 8)
 EVERY_SHAPE = [axes for axes in itertools.product(SIZES, repeat=4) if math.prod(axes) in (2, 4, 8)]
 SHAPES_OF_PACKED = [(1, 1, 8, 1), (1, 1, 1, 8), (1, 2, 2, 2), (2, 2, 2, 1), (2, 2, 1, 2),
