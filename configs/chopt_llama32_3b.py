@@ -22,7 +22,7 @@ LLAMA = Architecture(
 
 
 def get_config() -> ConfigDict:
-    """3.2 billion parameters that stay as they are; 24 million are trained."""
+    """3.2 billion parameters that stay as they are; 17 million are trained."""
     config = defaults("chopt")
     config.model.vocab_size = LLAMA.vocab_size
     config.model.backbone.architecture = architecture_text(LLAMA)  # until its files are read

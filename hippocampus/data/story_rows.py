@@ -85,8 +85,9 @@ class StoryStreams:
 
     def __post_init__(self) -> None:
         if self.chunk < 1:
-            raise ConfigError(f"data.context={self.context} has no room for a story",
-                              "raise --config.data.context")
+            raise ConfigError(f"a chunk of {self.context} tokens has no room for a story",
+                              "raise --config.model.chunk, or --config.data.context where it is 0"
+                              )
         self._check_users()
         # The last id of an answer is only a target.
         longest, story = max(((one.length - 1, i) for i, asked in enumerate(self.questions)
@@ -94,8 +95,8 @@ class StoryStreams:
         if longest > self.context:
             raise ConfigError(
                 f"a question about {self.stories.names[story][:60]!r} has {longest} tokens with "
-                f"its answer, and a row has data.context={self.context}",
-                "raise --config.data.context")
+                f"its answer, and a chunk has {self.context}",
+                "raise --config.model.chunk, or --config.data.context where it is 0")
 
     def _check_users(self) -> None:
         if len(self.stories) < self.batch_size:

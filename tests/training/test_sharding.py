@@ -93,6 +93,15 @@ def test_parameters_their_average_and_moments_are_spread_over_the_mesh(found, me
         assert whole == shard
 
 
+def test_memories_are_spread_by_user(found):
+    shards = found["of a chopt"]["shards"]
+    kept = {name: sizes for name, sizes in shards.items() if name.startswith("carried/")}
+    assert any("keys_BSHd" in name for name in kept)
+    for name, (whole, shard) in kept.items():
+        assert shard * 8 == whole, name
+    assert not any("backbone" in name for name in shards)  # which is not trained
+
+
 @pytest.mark.parametrize(("mesh", "shard"), [
     ("data=8", [1, 16]), ("fsdp=2 tensor=2 sequence=2", [4, 8])])
 def test_rows_are_spread_over_data_and_fsdp_and_tokens_over_sequence(found, mesh, shard):
