@@ -15,6 +15,7 @@ import hippocampus.evaluate
 import hippocampus.export
 import hippocampus.sample
 from hippocampus.backbones.loading import load_backbone, weights_digest
+from hippocampus.config import StoriesConfig
 from hippocampus.data.batches import Batch
 from hippocampus.devices import resolve
 from hippocampus.errors import CheckpointError, ConfigError, DataError
@@ -26,7 +27,10 @@ from hippocampus.runs.run_folder import read_metrics
 from hippocampus.training.data import read_data
 from hippocampus.training.loop import fit
 from hippocampus.training.losses import training_loss
-from hippocampus.training.opening import with_architecture
+from hippocampus.training.opening import from_files, with_architecture
+from hippocampus.training.optimizer import build_optimizer
+from hippocampus.training.sharding import make_mesh
+from hippocampus.training.step import sharded_init, train_step
 
 HALF = 3
 
@@ -74,16 +78,9 @@ def test_adapters_and_memory_are_trained_and_the_decoder_is_not_touched(run):
 
 
 def test_checkpoints_hold_what_is_trained_alone(run):
-    content = json.loads((run / "steps" / "6" / "manifest.json").read_text()) if (
-        run / "steps" / "6" / "manifest.json").exists() else None
-    size = sum(file.stat().st_size for file in (run / "steps" / "6").rglob("*") if file.is_file())
-    state = with_architecture(chopt_run.config())
-    model = build_model(resolve(state)[0])
-    trained = jax.eval_shape(lambda: model.trained(
-        model.init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"], jax.random.key(0)))
-    assert names(trained) == {name for name in names(trained) if name.startswith(
-        ("memory_bank/", "lora/"))}
-    assert "backbone" not in json.dumps(content or "") and size
+    for tree in ("params", "ema", "optimizer"):
+        names = (run / "steps" / "6" / tree / "_METADATA").read_text()
+        assert "memory_bank" in names and "lora_a" in names and "embedding" not in names
 
 
 def test_a_run_goes_on_bit_for_bit_with_the_memories_it_carried(run, tmp_path):
@@ -105,18 +102,30 @@ def test_a_run_goes_on_bit_for_bit_with_the_memories_it_carried(run, tmp_path):
         assert np.array_equal(one, other)
 
 
+def one_step(config):
+    """The state before and after the first step of a run, both whole."""
+    config, _ = resolve(with_architecture(config))
+    model, data = build_model(config), read_data(config)
+    optimizer = build_optimizer(config.optimizer, config.train.steps)
+    mesh = make_mesh(config.mesh)
+    make, like, _ = sharded_init(model, optimizer, config, mesh)
+    before = from_files(config, model, like, make, True)
+    after, _ = jax.jit(train_step(model, optimizer, config))(before, data.batches(config).batch(0))
+    return [whole(model, state.params, state.frozen) for state in (before, after)], after
+
+
 @pytest.mark.parametrize("kind", ["none", "full"])
-def test_what_is_trained_is_a_choice(kind, tmp_path):
-    folder = quietly(chopt_run.config(
-        model__backbone__train=kind, model__lora__rank=8, train__steps=1, eval__every_steps=0),
-        tmp_path / "runs" / "run")
-    lm, before = load(folder, weights="raw"), load_backbone(chopt_run.decoder())
+def test_what_is_trained_is_a_choice(kind):
+    (before, after), _ = one_step(chopt_run.config(
+        model__backbone__train=kind, model__lora__rank=8, optimizer__warmup_steps=0))
+    files = load_backbone(chopt_run.decoder()).params
+    for wanted, leaf in zip(jax.tree.leaves(files), jax.tree.leaves(before["backbone"]),
+                            strict=True):
+        assert np.array_equal(wanted, leaf)  # it begins as the files say
     same = [np.array_equal(a, b) for a, b in zip(
-        jax.tree.leaves(before.params), jax.tree.leaves(lm.params["backbone"]), strict=True)]
+        jax.tree.leaves(files), jax.tree.leaves(after["backbone"]), strict=True)]
     assert all(same) if kind == "none" else not any(same)
-    far = max(float(np.abs(a - b).max()) for a, b in zip(
-        jax.tree.leaves(before.params), jax.tree.leaves(lm.params["backbone"]), strict=True))
-    assert far < 0.1  # it began as the files say
+    assert after["memory_bank"]["read_gate"] != before["memory_bank"]["read_gate"]
 
 
 def test_another_decoder_is_refused_and_a_missing_one_is_named(run, tmp_path):
@@ -242,20 +251,16 @@ def test_other_verbs_know_a_run_on_stories(run, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("Q: Who?")
 
 
-def test_stories_can_be_read_as_plain_text_in_streams(tmp_path):
-    """Without questions: rows go on with the memory of the row before."""
+def test_plain_text_in_streams_goes_on_with_the_memory_of_the_row_before(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Ann left the lantern at the mill. Then it rained for two days.\n" * 80)
-    folder = quietly(chopt_run.config(
-        data__form="text", data__corpus=str(text), data__order="streams",
-        data__stories__template="Question: {question}\nAnswer: {answer}",
-        data__stories__story_weight=0.0, train__steps=2, eval__every_steps=0),
-        tmp_path / "runs" / "run")
-    assert isinstance(read_data(with_architecture(chopt_run.config(
-        data__form="text", data__corpus=str(text), data__order="streams",
-        data__stories__template="Question: {question}\nAnswer: {answer}",
-        data__stories__story_weight=0.0))).batches(chopt_run.config()).batch(0), Batch)
-    assert load(folder).step == 2
+    plain = {"data__stories__template": StoriesConfig().template,
+             "data__stories__story_weight": 0.0}
+    config = chopt_run.config(data__form="text", data__corpus=str(text), data__order="streams",
+                              **plain)
+    _, after = one_step(config)
+    assert type(read_data(config).batches(config).batch(0)) is Batch
+    assert (after.carried["memory"].writes_B == 2 * config.model.memory.n_writes).all()
 
 
 def test_the_stories_of_a_split_are_told_to_users_once(parts):
