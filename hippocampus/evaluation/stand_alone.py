@@ -296,10 +296,19 @@ def _digest_of_text(folder: RunFolder) -> str:
                         "restore it from a copy") from None
 
 
+def corpus_of(config: Config) -> Corpus:
+    """The texts that a config names; of stories with questions, the stories.
+
+    Raises:
+      DataError: there are none.
+    """
+    return (find_stories(config).corpus() if config.data.form == "stories" else
+            open_corpus(config.data))
+
+
 def _corpus_of(folder: RunFolder, config: Config) -> Corpus:
     """The corpus of a run, if it is still the text that the run was trained on."""
-    corpus = (find_stories(config).corpus() if config.data.form == "stories" else
-              open_corpus(config.data))
+    corpus = corpus_of(config)
     _check_digest(folder, config, corpus.digest)
     return corpus
 

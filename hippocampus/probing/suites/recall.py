@@ -21,13 +21,13 @@ from jaxtyping import Array, Bool, Float
 from hippocampus.config import PATHS, DataConfig
 from hippocampus.config_recall import Kind, fits, held_out_kinds, task_of
 from hippocampus.data.batches import Batch
-from hippocampus.data.corpora import open_corpus
 from hippocampus.data.shards import token_split
 from hippocampus.errors import DataError
 from hippocampus.evaluation.metrics import perplexity
 from hippocampus.evaluation.ngrams import MAX_COUNTED
 from hippocampus.evaluation.recall_text import recall_text
 from hippocampus.evaluation.result_table import Column, ResultTable
+from hippocampus.evaluation.stand_alone import corpus_of
 from hippocampus.models.interventions import NEUTRAL, Interventions
 from hippocampus.ops.cross_entropy import token_hits, token_nll
 from hippocampus.probing.measured import Measured
@@ -228,7 +228,7 @@ def _of_text(probe: Probe) -> SuiteResult:
 
 def _training_ids(probe: Probe) -> np.ndarray:
     try:
-        corpus = open_corpus(probe.config.data)
+        corpus = corpus_of(probe.config)
         return token_split(corpus, probe.text.tokenizer, "train").ids[:MAX_COUNTED]
     except DataError as error:
         raise SkipSuite(f"the training text is not at hand ({error.message})") from None
