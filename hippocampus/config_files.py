@@ -288,7 +288,7 @@ def _config_of(path: Path, argument: str) -> ConfigDict:
     module.__file__ = str(path)
     try:
         spec = importlib.util.spec_from_file_location(
-            path.stem, path, loader=_LeavesNothing(path.stem, str(path)))
+            path.stem, path, loader=_LeavesNothing(path.stem, str(path.absolute())))
         assert spec is not None and spec.loader is not None
         spec.loader.exec_module(module)
         get_config = getattr(module, "get_config", None)
