@@ -152,8 +152,8 @@ def check_backbone(config: Config, record: Path) -> None:
         now = weights_digest(backbone_path(config))
     except DataError as error:
         raise DataError(error.message, f"the run in {record.parent} needs the decoder that it was "
-                        "trained with: put it back, or name its new place with "
-                        "model.backbone.path in config.json") from None
+                        "trained with: put it back, or name its new place in config.json "
+                        "(model.backbone.path)") from None
     if then != now:
         raise CheckpointError(f"{backbone_path(config)} is not the decoder that the run in "
                               f"{record.parent} was trained with ({then[:12]}… then, {now[:12]}… "

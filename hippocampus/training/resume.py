@@ -24,8 +24,8 @@ from hippocampus.training.state import init_state
 MAY_CHANGE = ("name", "train.steps", "train.epochs", "train.grad_accumulation",
               "train.deterministic", "eval.",
               "checkpoint.", "log.", "sample.", "mesh.", "guard.", "model.solver.on_expansion",
-              "model.solver.least_converged")
-"""Fields, or groups of them, that may differ when a run goes on."""
+              "model.solver.least_converged", "model.backbone.path")
+"""Fields, or groups of them, that may differ when a run goes on; a decoder's digest may not."""
 
 MAY_NOT_CHANGE = ("guard.spike_",)
 """Beginnings of fields that are held although `MAY_CHANGE` has their group."""
