@@ -357,7 +357,10 @@ class LanguageModel:
             raise DataError("the text is shorter than two tokens", "there is nothing to predict")
         # Few sizes, so that texts of all lengths compile a handful of programs.
         size = max(_SHORTEST_WINDOW, 1 << (len(ids) - 2).bit_length())
-        windows = EvaluationWindows(ids, min(self.config.data.context, size), 1)
+        context, chunk = self.config.data.context, getattr(self.model, "chunk", 0)
+        if chunk and size > chunk:  # a row is whole chunks
+            size = context
+        windows = EvaluationWindows(ids, min(context, size), 1)
         nats = sum(float(_nll_sum(self.model, self.params, batch)) for batch in windows)
         return Score(nats, windows.n_targets, count_words(text, ends=False),
                      self.tokenizer.count_bytes(ids[1:]))

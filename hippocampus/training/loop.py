@@ -1,6 +1,7 @@
 """The training loop: what `python -m hippocampus.train` and `hippocampus.fit` run.
 
 Where parameters come from, in this order: the run folder's newest good checkpoint, else the seed.
+Those of a pretrained decoder come from its files: before the first step, or always if it is frozen.
 """
 
 from __future__ import annotations

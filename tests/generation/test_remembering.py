@@ -31,18 +31,6 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def lm():
-    return language_model()
-
-
-@pytest.fixture
-def told(lm, tmp_path):
-    """A file in which the story is."""
-    lm.remember(STORY, memory=tmp_path / "ann.memory")
-    return tmp_path / "ann.memory"
-
-
 def assert_same(one, other, tolerance=0.0, but=()):
     for name, array in one.arrays().items():
         if name not in but:
@@ -177,6 +165,17 @@ def test_nothing_to_draw_is_a_turn_too(lm, told):
     assert lm.generate(ASK, memory=told, max_new_tokens=0) == ""
     wanted = by_hand(lm, before, lm.tokenizer.encode(ASK)[1:])
     assert_same(load_memory(told).state, wanted, 1e-5)
+
+
+def test_a_text_that_fills_no_chunk_scores_as_its_logits_say():
+    lm = language_model(chunk=24, context=72)
+    text = STORY[:50]
+    logits_BTV, _ = lm.run_with_cache(text, ())
+    ids = lm.tokenizer.encode(text)
+    log_p = jax.nn.log_softmax(logits_BTV)[0, np.arange(len(ids) - 1), ids[1:]]
+    found = lm.score(text)
+    assert found.tokens == len(ids) - 1
+    assert found.nats == pytest.approx(-float(log_p.sum()), rel=1e-4)
 
 
 def test_a_model_that_says_no_chunk_takes_its_context():

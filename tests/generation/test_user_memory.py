@@ -18,18 +18,6 @@ from hippocampus.ops.memory_state import join_users
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
-@pytest.fixture(scope="module")
-def lm():
-    return language_model()
-
-
-@pytest.fixture
-def told(lm, tmp_path):
-    """A file in which the story is."""
-    lm.remember(STORY, memory=tmp_path / "ann.memory")
-    return tmp_path / "ann.memory"
-
-
 def test_one_memory_is_never_two_users(lm, told, tmp_path):
     whole = told.read_bytes()
     (tmp_path / "link").symlink_to(told)
