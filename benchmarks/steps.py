@@ -72,12 +72,17 @@ def compile_step(config: Config, devices: list[Any]) -> Program:
 
 
 def measure(program: Program, steps: int = 6) -> Measured:
-    """Times steps on one batch; the first one is not counted."""
-    state, losses, marks = program.first(), [], []
-    for _ in range(steps + 1):
+    """Times steps on one batch; the first one is not counted.
+
+    As in training, the next step is queued before the loss of the last one is fetched.
+    """
+    state, queued, losses, marks = program.first(), [], [], []
+    for step in range(steps + 2):
         state, metrics = program.step(state, program.batch)
-        losses.append(float(jax.device_get(metrics["train/loss"])))
-        marks.append(time.perf_counter())
+        queued.append(metrics["train/loss"])
+        if step:
+            losses.append(float(jax.device_get(queued[step - 1])))
+            marks.append(time.perf_counter())
     return Measured(float(np.median(np.diff(marks))), tuple(losses))
 
 
