@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
     config.model.memory.n_heads = 8
     config.model.memory.n_writes = 64
     config.model.memory.select = "surprise"
+    config.model.memory.values = "next_token"
     config.model.chunk = 1024
     config.model.remat = "full"
     config.data.context = 2048

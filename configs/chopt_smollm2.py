@@ -1,12 +1,13 @@
-"""CHopT on SmolLM2-135M: adapters and a memory of 512 slots, on stories and questions.
+"""CHopT on SmolLM2-135M, frozen: a memory of 512 slots of next tokens, on stories and questions.
 
 Command:   python -m hippocampus.train --config=configs/chopt_smollm2.py \\
                --config.model.backbone.path=SmolLM2-135M-Instruct --config.data.corpus=fairytaleqa
 Files:     a folder of the Hugging Face form, or a .gguf (pip install 'hippocampus[gguf]'); a folder
            with train.jsonl and val.jsonl, see docs/stories.md
-Hardware:  one H100 80GB: 180,000 tokens/s, 23 GiB, first start 2 min 45 s
-Result:    a null result (docs/memory.md): 3.44 nats per token of validation answers at step 300, no
-           better from the memory than from an empty one; later steps overfit
+Hardware:  one H200, beside three others like it: 3 min 30 s, half of it compiling
+Result:    3.48, 3.48 and 3.43 nats per token of validation answers from a memory alone (seeds 0, 1,
+           2); the answer is 8.3 to 9.0 nats likelier than from an empty memory, and 5.4 to 5.8
+           likelier than from another story's, p = 0.0001 over 23 stories (docs/memory.md)
 """
 
 from ml_collections import ConfigDict
@@ -22,17 +23,16 @@ SMOLLM2 = Architecture(
 
 
 def get_config() -> ConfigDict:
-    """135M parameters that stay as they are, beside adapters of rank 16 and the memory's."""
+    """135M parameters that stay as they are, and 1.3M of the memory."""
     config = defaults("chopt")
     config.model.vocab_size = SMOLLM2.vocab_size
     config.model.backbone.architecture = architecture_text(SMOLLM2)  # until its files are read
-    config.model.backbone.train = "lora"
-    config.model.lora.rank = 16
-    config.model.lora.alpha = 32.0
+    config.model.backbone.train = "none"
     config.model.memory.n_slots = 512
     config.model.memory.n_writes = 64
-    config.model.memory.n_heads = 4
+    config.model.memory.n_heads = 1
     config.model.memory.select = "surprise"
+    config.model.memory.values = "next_token"
     config.model.memory.steps = 1
     config.model.chunk = 512
     config.data.context = 1536
@@ -41,15 +41,15 @@ def get_config() -> ConfigDict:
     config.data.tokenizer = "backbone"
     config.data.stories.story_weight = 0.1
     config.data.stories.question_rows = 4
-    config.train.steps = 1500
+    config.train.steps = 240
     config.train.batch_size = 16
     config.optimizer.learning_rate = 1e-3
-    config.optimizer.warmup_steps = 50
+    config.optimizer.warmup_steps = 20
     config.optimizer.weight_decay = 0.01
-    config.ema.decay = 0.99
+    config.ema.decay = 0.95
     config.eval.batch_size = 8
-    config.eval.every_steps = 300
-    config.checkpoint.every_steps = 300
+    config.eval.every_steps = 80
+    config.checkpoint.every_steps = 80
     config.sample.prompt = "Question: Who was sad?\nAnswer:"
     config.sample.max_new_tokens = 40
     return config

@@ -10,6 +10,9 @@ from hippocampus.errors import ConfigError
 WRITE_STRATEGIES = ("ring", "standard", "gated", "delta", "consolidate")
 """Rules of writing, see hippocampus.ops.memory_write; standard is another name of ring."""
 
+VALUES = ("hidden", "next_token")
+"""What a slot's value is made of, see hippocampus.layers.memory_bank."""
+
 
 @dataclass(frozen=True)
 class MemoryConfig:
@@ -30,6 +33,9 @@ class MemoryConfig:
     select: str = setting("stride", "what of a chunk is written: every (n/m)-th token, the m most "
                           "surprising ones, or the means of m equal parts",
                           choices=("stride", "surprise", "mean"))
+    values: str = setting("hidden", "what a slot's value is made of: the hidden state that its key "
+                          "is made of, or the embedding of the token that came next",
+                          choices=VALUES)
     initial: str = setting("empty", "a new user's memory: no valid slot, random keys without "
                            "values, or learned slots", choices=("empty", "random", "learned"))
     decay: float = setting(0.0, "share of strength, and of values (gated, delta), that each later "

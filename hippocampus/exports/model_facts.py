@@ -102,7 +102,9 @@ def _chopt(model: CHopTConfig) -> ModelFacts:
     trained = {"none": "not trained", "lora": f"with trained adapters of rank {model.lora.rank}",
                "full": "trained"}[backbone.train]
     name = Path(backbone.path).name or "a pretrained decoder"
-    slots = f"{memory.n_slots:,} slots, {memory.strategy}, {memory.n_heads} heads"
+    heads = f"{memory.n_heads} head{'s' * (memory.n_heads > 1)}"
+    of = {"hidden": "", "next_token": " of next tokens"}[memory.values]
+    slots = f"{memory.n_slots:,} slots{of}, {memory.strategy}, {heads}"
     return ModelFacts(
         (("decoder", f"{name}, {trained}"),
          ("memory", f"{slots}, at most {memory.n_writes} writes from {memory.select} a chunk")),

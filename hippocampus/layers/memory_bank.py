@@ -5,16 +5,30 @@
     k  = unit(W_k norm(h)),    v = rms(W_v norm(h))     of the tokens that are chosen
                                                         (ops.memory_select, ops.memory_write)
 
+With `values="next_token"` a slot answers "what came after this?": its key is of the state in front
+of the chosen token, and its value of the token's embedding e. What is added follows the size of h:
+
+    k  = unit(W_k norm(h before)),    v = rms(W_v e)
+    h' = h + tanh(a) rms(h) W_o r,    W_q = W_k and W_o = W_v^T, orthogonal, at first
+
+so that a memory leans towards what followed alike states from the first step on: a kNN language
+model whose distances and mixture are learned. The first token of a chunk has no state in front of
+it and is not written.
+
 The slots are state, not parameters: a `MemoryState` goes in and comes out, and belongs to the users
 of its rows. A chunk is read before it is written, so that a token finds what earlier chunks left
 and nothing of its own; what is written is h, not h', so that the memory keeps no echo of itself.
 `unit` and `rms` are per head. The memory is float32 whatever the hidden states are.
 
 Source: retrieval, Ramsauer et al. 2020 (arXiv:2008.02217); the closed gate, Alayrac et al. 2022
-(arXiv:2204.14198), 2.3; the rules of writing in `ops.memory_write`.
+(arXiv:2204.14198), 2.3; pairs of a state and its next token, Khandelwal et al. 2020
+(arXiv:1911.00172), section 2; the rules of writing in `ops.memory_write`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,12 +74,16 @@ class MemoryBank(nn.Module):
         H, d = cfg.n_heads, self.width // cfg.n_heads
         self.heads = (H, d)
 
-        def dense(width: int) -> nn.Dense:
-            return nn.Dense(width, use_bias=False, dtype=self.dtype)
+        def dense(width: int, place: int, transposed: bool = False) -> nn.Dense:
+            first: Any = nn.initializers.lecun_normal()
+            if self.next_token:
+                first = _same_start(place, transposed)
+            return nn.Dense(width, use_bias=False, dtype=self.dtype, kernel_init=first)
 
+        self.next_token = cfg.values == "next_token"
         self.norm = RMSNorm(self.norm_epsilon, dtype=self.dtype)
-        self.query, self.key, self.value = dense(self.width), dense(self.width), dense(self.width)
-        self.out = dense(self.d_model)
+        self.query, self.key = dense(self.width, 0), dense(self.width, 0)
+        self.value, self.out = dense(self.width, 1), dense(self.d_model, 1, transposed=True)
         first_beta = cfg.beta or d**0.5
         self.log_beta = self.param("log_beta", nn.initializers.constant(jnp.log(first_beta)), (H,))
         self.read_gate = self.param("read_gate", nn.initializers.zeros, ())
@@ -82,6 +100,7 @@ class MemoryBank(nn.Module):
         mask_BT: Bool[Array, "B T"] | None = None, *, mode: str | Int[Array, "*B"] = MODES[0],
         surprise_BT: Float[Array, "B T"] | None = None,
         tokens_BT: Int[Array, "B T"] | None = None,
+        embedded_BTD: Float[Array, "B T D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Array], MemoryState]:
         """Reads a chunk, then writes it.
 
@@ -91,7 +110,7 @@ class MemoryBank(nn.Module):
           mask_BT: False for padding, which neither reads nor is written; None = no padding.
           mode: one of `MODES`; or its place among them, one for all rows or one a row, which may
             be traced.
-          surprise_BT, tokens_BT: as for `write`.
+          surprise_BT, tokens_BT, embedded_BTD: as for `write`.
 
         Returns:
           h' in the dtype of `hidden_BTD`, `out` of `read` (of no use where a row does not read),
@@ -126,7 +145,7 @@ class MemoryBank(nn.Module):
             new = choose_users(counts_B, new, state)
         if writes:
             written = self.write(hidden_BTD, new, mask_BT, surprise_BT=surprise_BT,
-                                 tokens_BT=tokens_BT)
+                                 tokens_BT=tokens_BT, embedded_BTD=embedded_BTD)
             new = written if given else choose_users(writes_B, written, new)
         return read_BTD, out, new
 
@@ -162,6 +181,8 @@ class MemoryBank(nn.Module):
         out["read"] = read = self.edit("read", found.value_BTHd)
         out["gate"] = gate = jnp.tanh(self.read_gate.astype(jnp.float32))
         added = self.out(read.reshape(B, T, self.width).astype(self.dtype))
+        if self.next_token:
+            added = added * _root_mean_square(hidden_BTD).astype(self.dtype)
         out["out"] = added = self.edit("out", (gate * added).astype(hidden_BTD.dtype))
         new_BTD, weights = hidden_BTD + added, found.weights_BTHS
         if mask_BT is not None:
@@ -174,6 +195,7 @@ class MemoryBank(nn.Module):
         mask_BT: Bool[Array, "B T"] | None = None, *,
         surprise_BT: Float[Array, "B T"] | None = None,
         tokens_BT: Int[Array, "B T"] | None = None,
+        embedded_BTD: Float[Array, "B T D"] | None = None,
     ) -> MemoryState:
         """Writes what is chosen of a chunk.
 
@@ -183,26 +205,36 @@ class MemoryBank(nn.Module):
           mask_BT: False for padding; None = no padding.
           surprise_BT: -log p of each token; needed with `select="surprise"`.
           tokens_BT: ids, from which a slot remembers its source; None = it remembers none.
+          embedded_BTD: embeddings of the tokens; needed with `values="next_token"`.
 
         Returns:
           The memories after. Gradients reach the keys and values that were written; what cuts them
           between windows of training is the caller's `stop_gradient`.
 
         Raises:
-          ValueError: memories of another size or number of users, or no surprise.
+          ValueError: memories of another size or number of users, no surprise, or no embeddings.
         """
         self._check(len(hidden_BTD), state)
         cfg = self.config
         mask_BT = jnp.ones(hidden_BTD.shape[:2], bool) if mask_BT is None else mask_BT
+        offered_BT, pairs_BTD = mask_BT, hidden_BTD
+        if self.next_token:
+            if embedded_BTD is None:
+                raise ValueError("values=next_token needs embedded_BTD")
+            offered_BT = mask_BT & _behind(mask_BT)
+            pairs_BTD = jnp.concatenate(
+                (_behind(hidden_BTD), embedded_BTD.astype(hidden_BTD.dtype)), axis=-1)
         chosen = choose(
-            hidden_BTD, mask_BT, how=cfg.select, n_writes=cfg.n_writes,
+            pairs_BTD, offered_BT, how=cfg.select, n_writes=cfg.n_writes,
             source_tokens=cfg.source_tokens, surprise_BT=surprise_BT, tokens_BT=tokens_BT)
-        u_BmD = self.norm(chosen.hidden_BmD)
+        u_BmD = self.norm(chosen.hidden_BmD[..., :self.d_model])
+        valued_BmD = chosen.hidden_BmD[..., self.d_model:] if self.next_token else u_BmD
+        left_out_B1 = (mask_BT & ~offered_BT).sum(-1, keepdims=True, dtype=jnp.int32)
         entries = Entries(
             key_BmHd=self._unit(self.key(u_BmD)), value_BmHd=rms_normalize(
-                self._split(self.value(u_BmD))),
+                self._split(self.value(valued_BmD))),
             active_Bm=chosen.active_Bm, source_Bmn=chosen.source_Bmn,
-            position_Bm=state.tokens_B[:, None] + chosen.rank_Bm)
+            position_Bm=state.tokens_B[:, None] + left_out_B1 + chosen.rank_Bm)
         if cfg.strategy == "gated":
             gate = jax.nn.sigmoid(self.write_gate(u_BmD).astype(jnp.float32))
             erase = jax.nn.sigmoid(self._split(self.erase(u_BmD)).astype(jnp.float32))
@@ -252,3 +284,24 @@ class MemoryBank(nn.Module):
         if state.keys_BSHd.shape != wanted:
             raise ValueError(f"the memory has users, slots, heads, width = {state.keys_BSHd.shape};"
                              f" this layer and batch need {wanted}")
+
+
+def _behind(array_BT: Array) -> Array:
+    """At every token what was at the one before it, and zeros at the first."""
+    return jnp.pad(array_BT, ((0, 0), (1, 0), *((0, 0),) * (array_BT.ndim - 2)))[:, :-1]
+
+
+def _root_mean_square(x: Array) -> Array:
+    """Over the last axis, as a constant, in float32."""
+    x = jax.lax.stop_gradient(x).astype(jnp.float32)
+    return jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True))
+
+
+def _same_start(place: int, transposed: bool) -> Callable[..., Array]:
+    """An orthogonal matrix, or its transpose, which is the same for all that ask for a place."""
+    def first(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32, **_: Any) -> Array:
+        drawn = nn.initializers.orthogonal()(
+            jax.random.key(place), shape[::-1] if transposed else shape, dtype)
+        return drawn.T if transposed else drawn
+
+    return first

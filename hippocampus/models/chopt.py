@@ -91,7 +91,8 @@ class CHopT(nn.Module):
 
         def first(key: Array) -> Any:
             x_BTD = jnp.zeros((1, 2, D), jnp.float32)
-            return bank.init(key, x_BTD, surprise_BT=jnp.zeros((1, 2)))["params"]
+            return bank.init(key, x_BTD, surprise_BT=jnp.zeros((1, 2)),
+                             embedded_BTD=x_BTD)["params"]
 
         self.bank_params = self.param("memory_bank", first)
 
@@ -162,6 +163,8 @@ class CHopT(nn.Module):
                   "mask": by_chunk(mask_BT.reshape(-1, C))}
         if self.memory.select == "surprise":
             inputs["surprise"] = by_chunk(self._surprise(out["final"], chunks[0]))
+        if self.memory.values == "next_token":
+            inputs["embedded"] = by_chunk(out["embedding"])
         inputs |= self._by_chunk(batch, interventions, B, T // C)
         bank, variables = self._bank(), {"params": self.bank_params}
 
@@ -170,7 +173,8 @@ class CHopT(nn.Module):
                 memory = cast(Any, bank.apply(variables, memory, chunk["reset"], method="reset"))
             found: Any = bank.apply(
                 variables, chunk["x"], memory, chunk["mask"], mode=chunk["mode"],
-                surprise_BT=chunk.get("surprise"), tokens_BT=chunk["tokens"])
+                surprise_BT=chunk.get("surprise"), tokens_BT=chunk["tokens"],
+                embedded_BTD=chunk.get("embedded"))
             x_BCD, parts, memory = found
             return memory, (x_BCD, parts)
 

@@ -1,5 +1,6 @@
 """The memory of a layer: what it may see, what it may change, and whose it is."""
 
+import dataclasses
 import functools
 
 import jax
@@ -20,6 +21,8 @@ B, T, D, S = 3, 9, 8, 6
 H_BTD = np.random.default_rng(0).normal(size=(B, T, D)).astype(np.float32)
 TOKENS = np.arange(B * T, dtype=np.int32).reshape(B, T)
 SURPRISE = np.random.default_rng(1).uniform(size=(B, T)).astype(np.float32)
+SURPRISE[0, 0] = 2.0  # the first token of a chunk may be the one of most surprise
+EMBEDDED = np.random.default_rng(3).normal(size=(B, T, D)).astype(np.float32)
 ALL = np.ones((B, T), bool)
 FIELDS = {"n_slots": S, "n_heads": 2, "n_writes": 3, "source_tokens": 2, "beta": 4.0}
 
@@ -28,7 +31,8 @@ FIELDS = {"n_slots": S, "n_heads": 2, "n_writes": 3, "source_tokens": 2, "beta":
 def made(**fields):
     """(bank, random variables with an open gate, a compiled call of it)."""
     bank = MemoryBank(MemoryConfig(**{**FIELDS, **fields}), D)
-    shapes = jax.eval_shape(bank.init, jax.random.key(0), H_BTD, surprise_BT=SURPRISE)
+    shapes = jax.eval_shape(bank.init, jax.random.key(0), H_BTD, surprise_BT=SURPRISE,
+                            embedded_BTD=EMBEDDED)
     rng = np.random.default_rng(2)  # in no time, where the layer's own start is compiled
     variables = jax.tree.map(lambda leaf: rng.normal(
         scale=D**-0.5, size=leaf.shape).astype(leaf.dtype), shapes)
@@ -36,12 +40,12 @@ def made(**fields):
                             "log_beta": np.full(2, np.log(bank.config.beta), np.float32)}
 
     @functools.partial(jax.jit, static_argnames="mode")
-    def compiled(hidden, state, mask, mode, tokens):
+    def compiled(hidden, state, mask, mode, tokens, embedded):
         return bank.apply(variables, hidden, state, mask, mode=mode, surprise_BT=SURPRISE,
-                          tokens_BT=tokens)
+                          tokens_BT=tokens, embedded_BTD=embedded)
 
-    def call(hidden, state, mask=ALL, mode="read+write", tokens=TOKENS):
-        return jax.device_get(compiled(hidden, state, mask, mode, tokens))
+    def call(hidden, state, mask=ALL, mode="read+write", tokens=TOKENS, embedded=EMBEDDED):
+        return jax.device_get(compiled(hidden, state, mask, mode, tokens, embedded))
 
     return bank, variables, call
 
@@ -210,13 +214,15 @@ def test_modes_do_what_they_are_named_statically_and_as_an_array():
         bank.apply(variables, H_BTD, state, mode="read")
 
 
-@pytest.mark.parametrize("select", ["stride", "surprise", "mean"])
-def test_padding_neither_reads_nor_is_written(select):
-    state, call = filled(select=select)
+@pytest.mark.parametrize(("select", "values"), [
+    ("stride", "hidden"), ("surprise", "hidden"), ("mean", "hidden"), ("mean", "next_token")])
+def test_padding_neither_reads_nor_is_written(select, values):
+    state, call = filled(select=select, values=values)
     mask = np.array([[1, 1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 1, 0, 1, 1, 1, 1, 1], [0] * 9], bool)
     poison = np.where(mask[..., None], H_BTD, np.nan)
     read, _, after = call(H_BTD, state, mask)
-    poisoned, _, same = call(poison, state, mask, tokens=np.where(mask, TOKENS, 10**6))
+    poisoned, _, same = call(poison, state, mask, tokens=np.where(mask, TOKENS, 10**6),
+                             embedded=np.where(mask[..., None], EMBEDDED, np.nan))
     np.testing.assert_array_equal(np.asarray(poisoned)[mask], np.asarray(read)[mask])
     np.testing.assert_array_equal(np.asarray(read)[~mask], H_BTD[~mask])
     assert_equal(same, after)
@@ -224,7 +230,7 @@ def test_padding_neither_reads_nor_is_written(select):
     np.testing.assert_array_equal(after.tokens_B - state.tokens_B, mask.sum(1))
     assert (np.asarray(after.writes_B - state.writes_B) == [3, 3, 0]).all()
     short = call(H_BTD, state, ALL & (np.arange(T) < 2))[2]
-    assert (np.asarray(short.writes_B - state.writes_B) == 2).all()
+    assert (np.asarray(short.writes_B - state.writes_B) == 2 - (values == "next_token")).all()
 
 
 def test_a_slot_remembers_which_tokens_wrote_it():
@@ -246,6 +252,54 @@ def test_a_slot_remembers_which_tokens_wrote_it():
     np.testing.assert_array_equal(state.source_BSn[0, 0], expected)
     with pytest.raises(ValueError, match="needs surprise_BT"):
         jax.eval_shape(bank.apply, variables, H_BTD)
+
+
+def test_a_slot_can_hold_the_token_that_came_behind_its_key():
+    bank, variables, call = made(select="surprise", values="next_token")
+    state = call(H_BTD, new_state(values="next_token"))[2]
+    later = np.sort(1 + np.argsort(SURPRISE[:, 1:], axis=1)[:, -3:], axis=1)  # never the first
+    np.testing.assert_array_equal(state.position_BS[:, :3], later)
+    np.testing.assert_array_equal(state.source_BSn[:, :3, 1],
+                                  np.take_along_axis(TOKENS, later, axis=1))
+    kernels = {name: variables["params"][name]["kernel"] for name in ("key", "value", "out")}
+    before = np.take_along_axis(H_BTD, later[..., None] - 1, axis=1)
+    before = before / np.sqrt((before**2).mean(-1, keepdims=True) + bank.norm_epsilon)
+    keys = (before @ kernels["key"]).reshape(B, 3, 2, D // 2)
+    np.testing.assert_allclose(state.keys_BSHd[:, :3],
+                               keys / np.linalg.norm(keys, axis=-1, keepdims=True), atol=1e-5)
+    values = np.take_along_axis(EMBEDDED, later[..., None], axis=1) @ kernels["value"]
+    values = values.reshape(B, 3, 2, D // 2)
+    np.testing.assert_allclose(state.values_BSHd[:, :3], values / np.sqrt(
+        (values**2).mean(-1, keepdims=True)), atol=1e-4)
+    read, out, _ = call(H_BTD, state)
+    size = np.sqrt((H_BTD**2).mean(-1, keepdims=True))
+    np.testing.assert_allclose(
+        read - H_BTD, np.tanh(0.7) * size * (out["read"].reshape(B, T, D) @ kernels["out"]),
+        atol=1e-5)
+    check_causality(lambda hidden: call(hidden, state)[0], H_BTD, jit=False)
+    with pytest.raises(ValueError, match="needs embedded_BTD"):
+        jax.eval_shape(functools.partial(bank.apply, surprise_BT=SURPRISE), variables, H_BTD)
+
+
+def test_a_memory_of_next_tokens_finds_alike_states_from_the_first_step_on():
+    bank = MemoryBank(MemoryConfig(**{**FIELDS, "n_heads": 1, "beta": 60.0, "n_slots": T},
+                                   values="next_token"), D)
+    bank = bank.clone(config=dataclasses.replace(bank.config, n_writes=T - 1))
+
+    @jax.jit
+    def twice(key):
+        variables = bank.init(key, H_BTD, embedded_BTD=EMBEDDED)
+        same, _, state = bank.apply(variables, H_BTD, None, embedded_BTD=EMBEDDED)
+        return variables, same, bank.apply(variables, H_BTD, state, mode="frozen")[1]
+
+    variables, same, out = jax.device_get(twice(jax.random.key(0)))
+    np.testing.assert_array_equal(same, H_BTD)
+    np.testing.assert_array_equal(out["weights"][:, :-1, 0].argmax(-1),
+                                  np.tile(np.arange(T - 1), (B, 1)))
+    said = out["read"][:, :, 0] @ variables["params"]["out"]["kernel"]
+    said, told = said[:, :-1], EMBEDDED[:, 1:]
+    cosine = (said * told).sum(-1) / np.linalg.norm(said, axis=-1) / np.linalg.norm(told, axis=-1)
+    assert np.median(cosine) > 0.95
 
 
 def test_means_of_parts_are_written():

@@ -271,3 +271,24 @@ def test_an_edit_that_changes_nothing_changes_nothing_and_others_reach_decoder_a
     assert {"layers.0.residual", "memory.read", "memory.final"} <= set(seen)
     without = run(lambda name, value: value * 0 if name == "memory.read" else value)
     assert_close(without, made(gate=0.0)[2](batch_of(tokens))[0], 1e-5)
+
+
+def test_a_memory_of_next_tokens_makes_a_text_that_it_has_read_likelier_without_training():
+    decoder = backbone()
+    model = CHopT(decoder.model.config, MemoryConfig(
+        n_slots=2 * C, n_heads=1, n_writes=C, beta=60.0, steps=1, values="next_token"), C)
+    chunk = ids(rows=1, length=C)
+    batch = batch_of(np.concatenate([chunk, chunk], axis=1))
+
+    @jax.jit
+    def second(key, modes):
+        bank = model.init(key, chunk)["params"]["memory_bank"]
+        params = {"backbone": decoder.params,
+                  "memory_bank": {**bank, "read_gate": jnp.float32(0.5)}}
+        hidden, _, _ = model.apply({"params": params}, batch, interventions=modes,
+                                   method="forward")
+        return token_nll(hidden[:, C:-1], model.head(params), chunk[:, 1:]).mean()
+
+    key = jax.random.key(0)
+    without = float(second(key, np.array([MODES.index("write_only")])))
+    assert float(second(key, np.array([MODES.index("read+write")]))) < without - 1
