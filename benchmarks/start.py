@@ -23,19 +23,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.timing import Table
 
-TRAIN = """import sys
+TRAIN = r"""import sys
 import jax
 def told(event, seconds, **about):
     if seconds > OVER:
         what = event.rsplit("/", 1)[-1].removesuffix("_duration").removesuffix("_sec")
-        print("@", f"{seconds:.2f} s", what, about.get("fun_name", ""), flush=True)
+        # In one piece: threads write at the same time, and `print` writes word by word.
+        sys.stdout.write(f"@ {seconds:.2f} s {what} {about.get('fun_name', '')}\n")
 jax.monitoring.register_event_duration_secs_listener(told)
 from hippocampus.train import main
 from hippocampus.verbs import run_verb
 run_verb(main)
 """
-MARKS = (("start: imports, devices, data", r".* parameters, .* x "),
-         ("state, restoring, read-ahead", r"compiling the training step"),
+MARKS = (("start: imports, devices, data", r"[0-9] parameters, .* x "),
+         ("state, restoring, read-ahead", r"(compiling|reading) the training step"),
          ("the step: trace, lower, compile, run", r"step\s+1/"))
 
 
@@ -82,7 +83,7 @@ def start(arguments: list[str], folder: Path, number: int, over: float,
             seen.append(line)
             if line.startswith("@"):
                 parts.append(f"  {line[2:].strip()}")
-            elif re.match(marks[0][1], line):
+            if re.search(marks[0][1], line):  # wherever: a line may have two writers
                 parts.append(f"{now - last:6.2f} s  {marks.pop(0)[0]}")
                 last = now
             if not marks or now - begin > limit:
