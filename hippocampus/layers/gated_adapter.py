@@ -110,7 +110,7 @@ class GatedAdapter(nn.Module):
         out["gate"] = gate = self.edit("gate", self._gate(u_BTD))
         s_BTD, o_BTD = s_BTD.astype(jnp.float32), attended_BTD.astype(jnp.float32)
         if cfg.mix == "residual":
-            out["scale"] = scale = jnp.tanh(self.param("opening", nn.initializers.zeros, ()))
+            out["scale"] = scale = jnp.tanh(self.param("residual_scale", nn.initializers.zeros, ()))
             added_BTD = scale * (gate * s_BTD)
         else:
             added_BTD = gate * (_like(s_BTD, o_BTD) - o_BTD)

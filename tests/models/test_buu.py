@@ -83,7 +83,7 @@ def test_behind_a_closed_gate_adapters_change_no_bit_of_the_logits(family):
     adapters = jax.tree.map(
         lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes["adapters"])
     for adapter in adapters.values():
-        adapter["opening"] = np.float32(0)
+        adapter["residual_scale"] = np.float32(0)
     found = jax.jit(model.apply)(
         {"params": {"backbone": decoder.params, "adapters": adapters}}, tokens)[0]
     assert np.array_equal(found, jax.jit(decoder.model.apply)({"params": decoder.params},
