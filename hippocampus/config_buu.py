@@ -23,7 +23,7 @@ class BuuConfig:
     adapters: AdaptersConfig = group(AdaptersConfig)
     checkpoint_parameters: int = count(
         0, "parameters of the whole checkpoint, where the decoder is a part of it, for the share "
-        "of them that is trained; 0 = the decoder's", low=0)
+        "of them that is trained; 0 = the decoder's", low=0, high=10**13)
     backend: str = setting("auto", "attention backend",
                            choices=("auto", "xla", "cudnn", "flash"))
     remat: str = setting("none", "what the backward pass computes again: nothing, all but matrix "
