@@ -28,7 +28,8 @@ class BuuConfig:
                            choices=("auto", "xla", "cudnn", "flash"))
     remat: str = setting("none", "what the backward pass computes again: nothing, all but matrix "
                          "products, or all", choices=("none", "dots", "full"))
-    scan_layers: bool = setting(True, "compile equal layers once")
+    scan_layers: bool = setting(False, "compile equal layers once; that stacks their weights, a "
+                                "second copy of them for the time of a step")
 
     @property
     def passes(self) -> int:
