@@ -83,6 +83,7 @@ def test_checkpoints_hold_the_adapters_alone_and_the_run_the_digest_of_the_decod
     for tree in ("params", "ema", "optimizer"):
         names = (run / "steps" / "6" / tree / "_METADATA").read_text()
         assert "adapters" in names and "embedding" not in names and "backbone" not in names
+    assert set(trained_shapes(load(run).model)) == {"adapters"}
     kept = json.loads((run / "backbone.json").read_text())
     assert kept == {"digest": weights_digest(chopt_run.decoder())}
 
