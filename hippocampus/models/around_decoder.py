@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from flax import linen as nn
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from hippocampus.backbones.architecture import Architecture
 from hippocampus.backbones.decoder import Decoder
@@ -30,6 +30,7 @@ class AroundDecoder:
       lora: which matrices have adapters, with "lora".
     """
 
+    backbone: Any
     config: Architecture
     compute_dtype: str
     scan_layers: bool
@@ -37,6 +38,11 @@ class AroundDecoder:
     backend: str
     train_backbone: str
     lora: LoRA
+
+    def norm_out(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The last norm, which the head reads behind."""
+        normalised: Array = self.backbone.finish(x_BTD)
+        return normalised
 
     @nn.nowrap
     def decode_params(self, params: Any) -> Any:

@@ -193,11 +193,6 @@ class CHopT(AroundDecoder, nn.Module):
         out["segments.hidden"] = hidden_BTD[None]
         return hidden_BTD, out, {"memory": memory}
 
-    def norm_out(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """The last norm, which the head reads behind."""
-        normalised: Array = self.backbone.finish(x_BTD)
-        return normalised
-
     @nn.nowrap
     def new_memory(self, params: Any, users: int) -> MemoryState:
         """The memories of new users, as `forward` gives them to rows that start afresh.

@@ -202,9 +202,11 @@ def test_a_layer_that_is_off_is_the_decoders_in_every_bit_of_the_same_program():
 
 
 def test_the_named_intermediates_are_what_the_monitors_read():
-    model, _, forward = made()
-    out = forward(batch_of(ids()))[1]
+    model, params, forward = made()
+    hidden, out = forward(batch_of(ids()))
     D = TINY.d_model
+    found = model.apply({"params": params}, out["final"], method="norm_out")
+    np.testing.assert_allclose(found, hidden, atol=1e-6)
     for i in model.layers:
         part = {name: out[f"layers.{i}.adapter.{name}"]
                 for name in ("gate", "ssm", "memory", "weights", "out", "scale", "beta")}
