@@ -10,7 +10,7 @@ from hippocampus.config_hybrid import SSMConfig
 from hippocampus.errors import ConfigError
 
 MIXES = ("residual", "interpolate")
-"""How an adapter joins attention: added to it behind a closed gate, or in place of a share."""
+"""How an adapter joins attention: added to it, at first nothing, or in place of a share."""
 CLOSED = -9.0
 """First bias of an interpolating gate: sigmoid(-9) = 0.0001."""
 
@@ -36,7 +36,7 @@ class AdaptersConfig:
                                       "last `count`", low=0, high=1023)
     ssm: SSMConfig = group(lambda: SSMConfig(expansion=0.5))
     memory: SlotMemoryConfig = group(SlotMemoryConfig)
-    mix: str = setting("residual", "residual: added to attention, at first times 0; interpolate: "
+    mix: str = setting("residual", "residual: added to attention, at first nothing; interpolate: "
                        "(1 - g) attention + g adapter", choices=MIXES)
     gate_bias: float = setting(CLOSED, "first bias of the gate g with mix = interpolate; with "
                                "residual g starts at 1/2", low=-100, high=100)

@@ -33,7 +33,7 @@ def check_buu(config: Config, model: BuuConfig) -> None:
                           "low-rank adapters instead")
     if adapters.mix == "residual" and adapters.gate_bias != CLOSED:
         raise ConfigError(f"model.adapters.gate_bias = {adapters.gate_bias:g}, and "
-                          "model.adapters.mix is residual", "it is closed by another factor: the "
+                          "model.adapters.mix is residual", "it says nothing at first without: the "
                           "bias belongs to model.adapters.mix=interpolate")
     if adapters.memory.top_k > adapters.memory.slots:
         raise ConfigError(f"model.adapters.memory.top_k = {adapters.memory.top_k} of "

@@ -1,7 +1,8 @@
 """GatedAdapter: a state-space branch and a memory branch behind the attention of a frozen layer.
 
     u = norm(h),   s = W_out(SSM(u) + Mem(u)),   g = sigmoid(W_g u + b),   W_g = 0 at first
-    residual:     y = o + tanh(a) g s,           a = 0, b = 0 at first: y = o in every bit
+    residual:     y = o + tanh(a) g s,           W_out = 0, a = 1, b = 0 at first: y = o in every
+                                                 bit
     interpolate:  y = (1 - g) o + g s',          b = -9 at first: g = 0.0001; s' has the root mean
                                                  square of o, token by token
 
@@ -10,8 +11,8 @@ The gate is one per token, or one per token and channel. What an adapter remembe
 state of its state-space layer, whose size does not grow.
 
 Source: De et al. 2024 (arXiv:2402.19427) for the state-space layer; Alayrac et al. 2022
-(arXiv:2204.14198), 2.2, for tanh(a); the interpolating form is a highway, Srivastava et al. 2015
-(arXiv:1505.00387), equation 3.
+(arXiv:2204.14198), 2.2, for tanh(a); Hu et al. 2021 (arXiv:2106.09685), 4.1, for W_out = 0; the
+interpolating form is a highway, Srivastava et al. 2015 (arXiv:1505.00387), equation 3.
 """
 
 from __future__ import annotations
@@ -106,11 +107,14 @@ class GatedAdapter(nn.Module):
         if intervention.memory_scale is not None:
             memory_BTD = intervention.memory_scale * memory_BTD
         out["memory"] = memory_BTD = self.edit("memory", memory_BTD)
-        s_BTD = nn.Dense(D, use_bias=False, dtype=self.dtype, name="out")(ssm_BTD + memory_BTD)
+        zero, drawn = nn.initializers.zeros, nn.initializers.lecun_normal()
+        s_BTD = nn.Dense(D, use_bias=False, dtype=self.dtype, name="out",
+                         kernel_init=zero if cfg.mix == "residual" else drawn)(
+                             ssm_BTD + memory_BTD)
         out["gate"] = gate = self.edit("gate", self._gate(u_BTD))
         s_BTD, o_BTD = s_BTD.astype(jnp.float32), attended_BTD.astype(jnp.float32)
         if cfg.mix == "residual":
-            out["scale"] = scale = jnp.tanh(self.param("residual_scale", nn.initializers.zeros, ()))
+            out["scale"] = scale = jnp.tanh(self.param("residual_scale", nn.initializers.ones, ()))
             added_BTD = scale * (gate * s_BTD)
         else:
             added_BTD = gate * (_like(s_BTD, o_BTD) - o_BTD)

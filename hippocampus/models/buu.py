@@ -10,7 +10,8 @@ matrices (`train_backbone`) it is what Buu is compared with.
 Parameters lie as `backbone`, the decoder's tree, and `adapters`, a tree `layers_<i>` for each of
 the adapted layers. Which half is trained says hippocampus.models.around_decoder.
 
-Source: adapters behind a closed gate, Alayrac et al. 2022 (arXiv:2204.14198), section 2.2.
+Source: new layers in a frozen decoder that change nothing at first, Alayrac et al. 2022
+(arXiv:2204.14198), section 2.2.
 """
 
 from __future__ import annotations
