@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,7 +138,7 @@ def _different(category: str, wanted: int, seed: int) -> list[Query]:
 
 
 def _asked(category: str, number: int, draw: random.Random) -> Query:
-    kinds: dict[str, Callable[[random.Random], Asked]] = _KINDS[category]
+    kinds: Mapping[str, Callable[[random.Random], Asked]] = _KINDS[category]
     kind = list(kinds)[number % len(kinds)]
     example, own = kinds[kind](draw), kinds[kind](draw)
     for _ in range(_TRIES):  # an example that gives the answer away would test copying alone

@@ -1,16 +1,17 @@
 """Statistics of gates and slots: of known arrays, and the same in one batch or in many."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hippocampus.models import adapter_statistics
 from hippocampus.models.adapter_statistics import (
     BIN,
     distributions,
     duplicates,
     effective_slots,
     gate_summary,
-    layer_sums,
     merge,
     percentiles,
     slot_summary,
@@ -18,6 +19,8 @@ from hippocampus.models.adapter_statistics import (
 )
 
 RNG = np.random.default_rng(0)
+
+layer_sums = jax.jit(adapter_statistics.layer_sums, static_argnums=1)
 
 
 def out_of(gate_BTG, weights_BTS, scale=None):
