@@ -33,6 +33,7 @@ from hippocampus.data.batches import Batch
 from hippocampus.layers.edits import Edit, no_edit
 from hippocampus.layers.gated_adapter import AdapterIntervention, GatedAdapter
 from hippocampus.layers.lora import LoRA
+from hippocampus.models import adapter_statistics
 from hippocampus.models.around_decoder import AroundDecoder
 from hippocampus.models.interventions import Interventions, Values
 
@@ -196,9 +197,13 @@ class Buu(AroundDecoder, nn.Module):
     @nn.nowrap
     def statistics(self, out: dict[str, Array],
                    weight_BT: Float[Array, "B T"]) -> dict[str, Float[Array, ""]]:
-        """What to log of a forward pass, as sums over tokens: how far each gate is open."""
-        return {f"adapters/gate/{i}": (out[f"layers.{i}.adapter.gate"].mean(-1) * weight_BT).sum()
-                for i in self.layers}
+        """What to log of a forward pass, as sums over tokens: gates, slots, what is added."""
+        return adapter_statistics.token_sums(self.layers, out, weight_BT)
+
+    @nn.nowrap
+    def distributions(self, out: dict[str, Array]) -> dict[str, Array]:
+        """What to draw of a forward pass: every gate, and the use of every slot."""
+        return adapter_statistics.distributions(self.layers, out)
 
     @nn.nowrap
     def init_state(self, batch: Batch) -> dict:

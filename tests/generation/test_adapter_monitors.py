@@ -159,6 +159,21 @@ def test_without_adapters_there_is_one_line_of_error(lm):
         lm.gate_statistics(["a"])
 
 
+def test_training_logs_every_adapted_layer():
+    model, B, T, S = adapted.model(), 2, 3, adapted.SLOTS
+    out = {}
+    for i in (0, 1):
+        out |= {f"layers.{i}.adapter.gate": np.full((B, T, 1), 0.25 + 0.5 * i, np.float32),
+                f"layers.{i}.adapter.weights": np.full((B, T, S), 1 / S, np.float32),
+                f"layers.{i}.adapter.out": np.ones((B, T, 4), np.float32)}
+    found = model.statistics(out, np.ones((B, T), np.float32))
+    assert {name.split("/")[2] for name in found} == {"0", "1"}
+    assert float(found["adapters/gate/1"]) == pytest.approx(0.75 * B * T)
+    assert float(found["adapters/effective_slots/0"]) == pytest.approx(S * B * T, rel=1e-4)
+    assert set(model.distributions(out)) == {
+        f"adapters/{name}/layer_{i}" for name in ("gate", "slot_use") for i in (0, 1)}
+
+
 # --- Health --------------------------------------------------------------------------------------
 
 
