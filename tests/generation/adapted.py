@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -44,6 +45,7 @@ def _drawn(own: Buu) -> Any:
 def adapted(**changes: Any) -> LanguageModel:
     """The model with a tree of its own, whose arrays may be written to."""
     own = model(**changes)
-    config = Config()
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, context=CONTEXT))
+    config: Any = Config()
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, context=CONTEXT),
+                                 model=SimpleNamespace(family="buu"))
     return LanguageModel(own, jax.tree.map(np.array, _drawn(own)), byte_tokenizer(), config, 7)

@@ -13,6 +13,7 @@ from hippocampus.probing.adapters.findings import Findings
 from hippocampus.probing.adapters.pictures import pictures
 from hippocampus.probing.adapters.study import study_adapters
 from hippocampus.probing.results import SuiteResult
+from hippocampus.probing.suites import SkipSuite
 
 if TYPE_CHECKING:
     from hippocampus.probing.adapters.opening import AdapterProbe
@@ -31,7 +32,13 @@ def run(probe: AdapterProbe, say: Callable[[str], None] = lambda line: None,
       probe: the model beside a text, queries and controls.
       say: is told what is being done.
       keep: gets every answer.
+
+    Raises:
+      SkipSuite: a model of another family.
     """
+    if (family := probe.config.model.family) not in FAMILIES:
+        raise SkipSuite(f"it looks into {' and '.join(FAMILIES)} models, and this is of the "
+                        f"{family} family")
     found = study_adapters(probe, say)
     keep(found)
     return result_of(found, probe)
