@@ -107,7 +107,8 @@ def test_what_is_found_is_written_and_read_again(kept, tmp_path):
     result, found = kept
     again, _ = read_suite(write_suite(tmp_path, result, {"command": ["probe"]}))
     assert [t.name for t in again.tables] == [
-        "controls", "layers", "scores", "effects", "gates", "slots", "hottest", "health"]
+        "controls", "layers", "layer_queries", "scores", "effects", "gates", "slots", "hottest",
+        "health"]
     assert [p.name for p in again.plots] == [
         "controls", "scores", "effects", "layers", "gates", "slots"]
     assert all("<svg" in plot.svg for plot in again.plots)

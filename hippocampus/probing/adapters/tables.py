@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,38 +36,45 @@ _SHOWN = 4
 def control_table(found: Findings, probe: AdapterProbe) -> ResultTable:
     """The model and its controls on held-out text."""
     columns = (
-        Column("name", "system"), Column(CATEGORY, "kind"), Column("trained", "trained parameters"),
-        *_LOSS, Column("better", "windows better"), Column("worse", "worse"),
-        Column("p_flip", "p, flipped signs", "", 5), Column("effect", "effect size d", "", 2))
-    rows = tuple({"name": name, CATEGORY: "adapter_control", "trained": found.trained[name],
+        Column("name", "system"), Column(CATEGORY, "kind"), Column("trained", "trained"), *_LOSS,
+        Column("p_flip", "p", "", 4), Column("effect", "d", "", 2))
+    rows = tuple({"name": name, CATEGORY: "control", "trained": found.trained[name],
                   **_against(found, probe, losses)} for name, losses in found.losses.items())
     notes = (CONTROLS, f"{LORA}: low-rank adapters of the same decoder, a run of its own",
-             f"gain: less bits than {BASE}, mean over windows with its 95 % interval; d: mean over "
-             f"standard deviation of the windows' differences; seed {found.seed}", *found.notes)
+             f"trained: parameters; gain: less than {BASE}, mean over windows with its 95 % "
+             "interval; p: of flipped signs; d: mean over standard deviation of the windows' "
+             f"differences; seed {found.seed}", *found.notes)
     return ResultTable("controls", "Adapters against their controls", columns, rows,
                        (probe.protocol,), notes)
 
 
 def layer_table(found: Findings, probe: AdapterProbe) -> ResultTable:
     """Layers enabled one by one."""
-    columns = (
-        Column("name", "adapters on"), Column(CATEGORY, "kind"), *_LOSS,
-        Column("share", "of the whole gain", "share", 3),
-        *(Column(f"log p {name}", f"log p, {name}", "nats/token", 3) for name in found.categories))
+    columns = (Column("name", "adapters on"), Column(CATEGORY, "kind"), *_LOSS,
+               Column("share", "of the whole", "share", 3))
     none = found.losses[BASE]
     whole = none.loss - found.losses[ADAPTERS].loss
     rows: list[Mapping[str, Any]] = []
     for stage in found.stages:
         gain = none.loss - stage.losses.loss
         rows.append({
-            "name": stage.name, CATEGORY: "adapter_layers", "layer": stage.layer,
-            **_against(found, probe, stage.losses), "share": gain / whole if whole else None,
-            **{f"log p {name}": stage.log_p[name] for name in found.categories}})
+            "name": stage.name, CATEGORY: "layers", "layer": stage.layer,
+            **_against(found, probe, stage.losses), "share": gain / whole if whole else None})
     notes = ("the other adapters are switched off, in a model that was trained with all of them: "
              "later ones read what earlier ones wrote, so that gains of single layers need not "
-             "add up", f"log p: of the queries' answers, {found.queries}")
+             "add up",)
     return ResultTable("layers", "Layers enabled one by one", columns, tuple(rows),
                        (probe.protocol,), notes)
+
+
+def layer_query_table(found: Findings, probe: AdapterProbe) -> ResultTable:
+    """The queries' answers as layers are enabled one by one."""
+    columns = (Column("name", "adapters on"),
+               *(Column(name, name, "nats/token", 3) for name in found.categories))
+    rows = tuple({"name": stage.name, "layer": stage.layer, **stage.log_p}
+                 for stage in found.stages)
+    return ResultTable("layer_queries", "Layers enabled one by one: log p of answers", columns,
+                       rows, (probe.protocol,), (found.queries,))
 
 
 def score_table(found: Findings, probe: AdapterProbe) -> ResultTable:
@@ -76,8 +82,7 @@ def score_table(found: Findings, probe: AdapterProbe) -> ResultTable:
     columns = [Column("name", "queries and system"), Column("n", "queries")]
     for measure in MEASURES:
         unit = "nats/token" if measure == LOG_P else ""
-        columns += [Column(measure, measure, unit, 3), Column(f"{measure} low", "95 % from", "", 3),
-                    Column(f"{measure} high", "to", "", 3)]
+        columns.append(Column(f"{measure} shown", f"{measure}, 95 %", unit))
     rows: list[Mapping[str, Any]] = []
     for category in (*found.categories, ""):
         for system in found.systems:
@@ -86,7 +91,9 @@ def score_table(found: Findings, probe: AdapterProbe) -> ResultTable:
                 "system": system, "n": len(found.values(system, LOG_P, category))}
             for measure in MEASURES:
                 mean, low, high = found.interval(system, measure, category) or (None,) * 3
-                row |= {measure: mean, f"{measure} low": low, f"{measure} high": high}
+                row |= {measure: mean, f"{measure} low": low, f"{measure} high": high,
+                        f"{measure} shown": None if mean is None else
+                        f"{mean:.3f} ({_span(low, high, '.3f')})"}
             rows.append(row)
     return ResultTable("scores", "Answers by category", tuple(columns), tuple(rows),
                        (probe.protocol,), _query_notes(found))
@@ -96,9 +103,8 @@ def effect_table(found: Findings, probe: AdapterProbe) -> ResultTable:
     """Paired differences by category."""
     columns = (
         Column("name", "difference of"), Column("difference", "mean", "", 4),
-        Column("low", "95 % from", "", 4), Column("high", "to", "", 4),
-        Column("effect", "effect size d", "", 2), Column("better", "queries above"),
-        Column("worse", "below"), Column("p_flip", "p, flipped signs", "", 5),
+        Column("span", "95 %"), Column("effect", "d", "", 2),
+        Column("above", "above, below"), Column("p_flip", "p", "", 4),
         Column("smallest", f"found with {POWER:.0%}", "", 4))
     rows: list[Mapping[str, Any]] = []
     for category in (*found.categories, ""):
@@ -115,12 +121,13 @@ def effect_table(found: Findings, probe: AdapterProbe) -> ResultTable:
                     "name": f"{category or 'all'}: {ours} - {theirs}, {measure}",
                     "queries": category or "all", "ours": ours, "theirs": theirs,
                     "measure": measure, "difference": p.difference, "low": p.low, "high": p.high,
-                    "effect": one.effect, "better": p.better, "worse": p.worse,
-                    "p_flip": p.p_flip, "smallest": p.smallest_effect})
+                    "span": _span(p.low, p.high), "effect": one.effect, "better": p.better,
+                    "worse": p.worse, "above": f"{p.better}, {p.worse}", "p_flip": p.p_flip,
+                    "smallest": p.smallest_effect})
     notes = (*_query_notes(found),
-             "paired over queries; d: mean over standard deviation of the differences; p is "
-             "two-sided and of each row alone: of twenty rows in which nothing is, one is below "
-             "0.05",
+             "paired over queries; above, below: in how many of them; d: mean over standard "
+             "deviation of the differences; p is of flipped signs, two-sided, and of each row "
+             "alone: of twenty rows in which nothing is, one is below 0.05",
              f"found with {POWER:.0%}: the mean difference that so many such queries show with "
              "that chance at p < 0.05; queries of one kind are alike, so that these intervals are "
              "of more queries of these kinds, not of other kinds")
@@ -133,19 +140,19 @@ def gate_table(found: Findings, probe: AdapterProbe) -> ResultTable:
     columns = (
         Column("name", "layer and texts"), Column("tokens", "tokens"),
         Column("mean", "gate", "", 4), Column("sd", "sd", "", 4),
-        *(Column(f"p{p}", f"{p} %", "", 4) for p in PERCENTILES),
-        Column("closed", "closed", "share", 4), Column("opened", "open", "share", 4),
-        Column("scale", "tanh(a)", "", 4))
+        Column("percentiles", f"{', '.join(map(str, PERCENTILES))} %"),
+        Column("saturated", "saturated", "share", 4), Column("scale", "tanh(a)", "", 4))
     rows = []
     for i, gate in found.gates.layers.items():
         by = {"all": gate, **{name: own[i] for name, own in found.gates.categories.items()}}
         rows += [{"name": f"layer {i}, {name}", "layer": i, "texts": name, "tokens": one.tokens,
                   "mean": one.mean, "sd": one.sd, "closed": one.closed, "opened": one.opened,
-                  "scale": one.scale,
+                  "saturated": one.saturated, "scale": one.scale,
+                  "percentiles": " ".join(f"{x:.3f}" for x in one.percentiles),
                   **{f"p{p}": x for p, x in zip(PERCENTILES, one.percentiles, strict=True)}}
                  for name, one in by.items()]
-    notes = ("over tokens, and channels where each has a gate; closed, open: within 0.001 of 0, "
-             "and of 1; percentiles to 0.001",
+    notes = ("over tokens, and channels where each has a gate; saturated: within 0.001 of 0 or "
+             "1; percentiles to 0.001",
              "tanh(a): what the adapter is multiplied by besides; empty for mix = interpolate",
              f"texts: {found.queries}, each with its answer, and the windows of the text")
     return ResultTable("gates", "How far the gates are open", columns, tuple(rows),
@@ -156,15 +163,16 @@ def slot_table(found: Findings, probe: AdapterProbe) -> ResultTable:
     """How the slots of every layer are read."""
     columns = (
         Column("name", "layer"), Column("slots", "slots"),
-        Column("effective", "effective", "slots", 1), Column("share", "effective", "share", 3),
+        Column("effective", "effective", "", 1), Column("share", "share", "", 3),
         Column("dead", "dead"), Column("duplicates", "duplicates"),
-        Column("same_keys", "like keys"), Column("same_values", "like values"),
+        Column("same", "like keys, values"),
         Column("read_entropy", "entropy of a read", "nats", 3))
     rows = tuple({
         "name": f"layer {i}", "layer": i, "slots": own.slots.slots,
         "effective": own.slots.effective, "share": own.slots.effective_share,
         "dead": own.slots.dead, "duplicates": own.duplicates, "same_keys": own.same_keys,
-        "same_values": own.same_values, "read_entropy": own.slots.read_entropy}
+        "same_values": own.same_values, "same": f"{own.same_keys}, {own.same_values}",
+        "read_entropy": own.slots.read_entropy}
         for i, own in found.memories.items())
     notes = ("effective: exp(entropy of the mean weights); dead: read less than a tenth of even "
              "use; like: the cosine to an earlier slot's is above 0.95; duplicates: key and value",
@@ -201,10 +209,8 @@ def health_table(found: Findings, probe: AdapterProbe) -> ResultTable:
                        (verdict, "score: " + ", ".join(weighted)))
 
 
-_LOSS = (
-    Column("loss", "loss", "nats/token"), Column("bits_per_byte", "bits/byte", "", 4),
-    Column("gain", f"less than {BASE}", "nats/token", 4), Column("low", "95 % from", "", 4),
-    Column("high", "to", "", 4))
+_LOSS = (Column("bits_per_byte", "bits/byte"), Column("gain", "gain", "nats/token"),
+         Column("span", "95 %"))
 
 
 def _against(found: Findings, probe: AdapterProbe, losses: Losses) -> dict[str, Any]:
@@ -217,9 +223,12 @@ def _against(found: Findings, probe: AdapterProbe, losses: Losses) -> dict[str, 
     damage = losses.loss - found.losses[BASE].loss
     return {"loss": losses.loss, "bits_per_byte": probe.probe.bits_per_byte(losses.loss),
             "perplexity": perplexity(losses.loss), "delta": damage, "gain": p.difference,
-            "low": p.low, "high": p.high, "better": p.better, "worse": p.worse,
-            "p_flip": p.p_flip, "effect": one.effect if one.effect is None
-            or math.isfinite(one.effect) else None}
+            "low": p.low, "high": p.high, "span": _span(p.low, p.high), "better": p.better,
+            "worse": p.worse, "p_flip": p.p_flip, "effect": one.effect}
+
+
+def _span(low: float, high: float, form: str = "+.4f") -> str:
+    return f"{low:{form}} to {high:{form}}"
 
 
 def _query_notes(found: Findings) -> tuple[str, ...]:

@@ -46,8 +46,9 @@ def run(probe: AdapterProbe, say: Callable[[str], None] = lambda line: None,
 
 def result_of(found: Findings, probe: AdapterProbe) -> SuiteResult:
     """Tables, pictures and the verdict of what was found."""
-    made = (tables.control_table, tables.layer_table, tables.score_table, tables.effect_table,
-            tables.gate_table, tables.slot_table, tables.hottest_table, tables.health_table)
+    made = (tables.control_table, tables.layer_table, tables.layer_query_table,
+            tables.score_table, tables.effect_table, tables.gate_table,
+            tables.slot_table, tables.hottest_table, tables.health_table)
     return SuiteResult("buu", TITLE, tuple(make(found, probe) for make in made),
                        pictures(found, probe), notes=(str(found.health).splitlines()[0],
                                                       *verdict(found)))
