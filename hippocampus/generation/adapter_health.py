@@ -34,7 +34,7 @@ from hippocampus.data.batches import Batch
 from hippocampus.data.evaluation_windows import EvaluationWindows
 from hippocampus.errors import DataError
 from hippocampus.generation.adapter_controls import adapters_of, bare, controls
-from hippocampus.generation.adapter_monitors import MemoryUsage, Observed, observe
+from hippocampus.generation.adapter_monitors import ROWS, MemoryUsage, Observed, observe
 from hippocampus.generation.language_model import LanguageModel
 from hippocampus.models.adapter_statistics import GateSummary
 from hippocampus.ops.cross_entropy import token_nll
@@ -186,7 +186,8 @@ def health_report(lm: LanguageModel, base_text: str | None = None,
     if len(ids) < 2:
         raise DataError("the base text is shorter than two tokens", "there is nothing to predict")
     seen = seen or observe(lm)
-    windows = EvaluationWindows(ids, min(lm.config.data.context, len(ids) - 1), 1)
+    context = min(lm.config.data.context, len(ids) - 1)
+    windows = EvaluationWindows(ids, context, min(ROWS, -(-(len(ids) - 1) // context)))
     given, base = controls(lm), bare(lm)
     apart: list[float] = []
     nats: list[tuple[float, float]] = []
@@ -195,7 +196,7 @@ def health_report(lm: LanguageModel, base_text: str | None = None,
         theirs = _read(base.model, base.params, batch, None)
         off = _read(model, lm.params, batch, given["base"])
         ours = _read(model, lm.params, batch, given["adapters"])
-        apart.append(_difference(off["hidden"], theirs["hidden"]))
+        apart.append(float(_difference(off["hidden"], theirs["hidden"])))
         nats.append((float(theirs["nll"]), float(ours["nll"])))
         finite &= bool(ours["finite"])
     in_bits = 1 / math.log(2) / max(lm.tokenizer.count_bytes(ids[1:]), 1)
@@ -244,10 +245,11 @@ def _finite(params: Any) -> bool:
                for leaf in jax.tree.leaves(params))
 
 
-def _difference(ours_BTD: Array, theirs_BTD: Array) -> float:
+@jax.jit
+def _difference(ours_BTD: Array, theirs_BTD: Array) -> Array:
     """The largest difference, over the largest of theirs."""
-    ours, theirs = (np.asarray(x, np.float32) for x in (ours_BTD, theirs_BTD))
-    return float(np.abs(ours - theirs).max() / max(float(np.abs(theirs).max()), 1e-30))
+    ours, theirs = ours_BTD.astype(jnp.float32), theirs_BTD.astype(jnp.float32)
+    return jnp.abs(ours - theirs).max() / jnp.maximum(jnp.abs(theirs).max(), 1e-30)
 
 
 @functools.partial(jax.jit, static_argnums=0)

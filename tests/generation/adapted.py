@@ -3,14 +3,13 @@
 import dataclasses
 import functools
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
 
 from hippocampus.backbones.loading import load_backbone
-from hippocampus.config import Config
+from hippocampus.config import BuuConfig, Config
 from hippocampus.config_adapters import AdaptersConfig, SlotMemoryConfig
 from hippocampus.data.tokenizers import byte_tokenizer
 from hippocampus.generation.language_model import LanguageModel
@@ -46,6 +45,6 @@ def adapted(**changes: Any) -> LanguageModel:
     """The model with a tree of its own, whose arrays may be written to."""
     own = model(**changes)
     config: Any = Config()
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, context=CONTEXT),
-                                 model=SimpleNamespace(family="buu"))
+    config = dataclasses.replace(config, model=BuuConfig(), data=dataclasses.replace(
+        config.data, context=CONTEXT))
     return LanguageModel(own, jax.tree.map(np.array, _drawn(own)), byte_tokenizer(), config, 7)

@@ -90,10 +90,12 @@ def score_table(found: Findings, probe: AdapterProbe) -> ResultTable:
                 "name": f"{category or 'all'}: {system}", "queries": category or "all",
                 "system": system, "n": len(found.values(system, LOG_P, category))}
             for measure in MEASURES:
-                mean, low, high = found.interval(system, measure, category) or (None,) * 3
+                if (known := found.interval(system, measure, category)) is None:
+                    row |= dict.fromkeys((measure, f"{measure} shown"))
+                    continue
+                mean, low, high = known
                 row |= {measure: mean, f"{measure} low": low, f"{measure} high": high,
-                        f"{measure} shown": None if mean is None else
-                        f"{mean:.3f} ({_span(low, high, '.3f')})"}
+                        f"{measure} shown": f"{mean:.3f} ({_span(low, high, '.3f')})"}
             rows.append(row)
     return ResultTable("scores", "Answers by category", tuple(columns), tuple(rows),
                        (probe.protocol,), _query_notes(found))
