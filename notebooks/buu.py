@@ -133,7 +133,7 @@ plt.show()
 # ## 4. How far are the gates open?
 #
 # Of every layer, over generated queries of five categories, each with its answer. A gate within
-# 0.001 of 0 or 1 is *saturated*: it hardly learns any more.
+# 0.0001 of 0 or 1 is *saturated*: it hardly learns any more.
 
 # %%
 report = lm.gate_statistics()

@@ -153,8 +153,8 @@ def gate_table(found: Findings, probe: AdapterProbe) -> ResultTable:
                   "percentiles": " ".join(f"{x:.3f}" for x in one.percentiles),
                   **{f"p{p}": x for p, x in zip(PERCENTILES, one.percentiles, strict=True)}}
                  for name, one in by.items()]
-    notes = ("over tokens, and channels where each has a gate; saturated: within 0.001 of 0 or "
-             "1; percentiles to 0.001",
+    notes = ("over tokens, and channels where each has a gate; saturated: within 0.0001 of 0 "
+             "or 1; percentiles to 0.001",
              "tanh(a): what the adapter is multiplied by besides; empty for mix = interpolate",
              f"texts: {found.queries}, each with its answer, and the windows of the text")
     return ResultTable("gates", "How far the gates are open", columns, tuple(rows),
