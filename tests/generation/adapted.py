@@ -37,7 +37,7 @@ def _drawn(own: Buu) -> Any:
     rng = np.random.default_rng(0)
     params = jax.tree_util.tree_map_with_path(
         lambda path, leaf: (0.3 * rng.normal(size=leaf.shape) + (
-            path[-1].key in ("scale", "opening"))).astype(leaf.dtype), parameter_shapes(own))
+            path[-1].key in ("scale", "residual_scale"))).astype(leaf.dtype), parameter_shapes(own))
     return params
 
 

@@ -103,7 +103,7 @@ def test_gates_are_summed_up_by_layer_and_category():
     assert report.layers[0].mean == pytest.approx(0.75, rel=1e-5)
     assert report.layers[0].saturated == 0 and report.layers[1].closed == pytest.approx(1)
     assert report.layers[0].scale == pytest.approx(
-        math.tanh(lm.params["adapters"]["layers_0"]["opening"]), rel=1e-5)
+        math.tanh(lm.params["adapters"]["layers_0"]["residual_scale"]), rel=1e-5)
     tokens = [report.categories[name][0].tokens for name in TEXTS]
     assert tokens == [21 + 4, 16] and report.layers[0].tokens == TOKENS == sum(tokens)
 
@@ -239,7 +239,7 @@ def test_a_model_is_examined_on_its_own(monkeypatch):
     monkeypatch.setattr(adapter_monitors, "QUERIES", 10)
     lm = adapted.adapted()
     for i in (0, 1):
-        lm.params["adapters"][f"layers_{i}"]["opening"][...] = 0
+        lm.params["adapters"][f"layers_{i}"]["residual_scale"][...] = 0
     text = "A general text of some length. " * 6
     report = lm.health_report(text)
     assert report.healthy and report.vitals.identity == 0
