@@ -15,7 +15,7 @@
 # # Adapters on a frozen language model: train them, and watch what they do
 #
 # A *Buu* is a pretrained decoder that stays as it is, with a small adapter in some of its layers:
-# a state-space branch and a memory of learned slots, behind a gate that starts closed. This
+# a state-space branch and a memory of learned slots, behind a gate; at first it adds nothing. This
 # notebook trains one, trains low-rank adapters (LoRA) of about as many parameters as a control,
 # and looks inside: how far do the gates open, which slots are read by which tokens, what is each
 # layer worth, and is anything better than without?
