@@ -23,7 +23,9 @@
 # Give `backbone` the folder of a pretrained decoder (SmolLM2, Llama, Qwen3, Gemma 3, Gemma-3n, a
 # `.gguf` or llama2.c file; `docs/backbones.md`). Without one the notebook first trains a decoder
 # of its own, a small one of bytes, on the documentation that comes with Python: enough to see
-# everything work, not to learn what adapters are worth.# %% [markdown]
+# everything work, not to learn what adapters are worth.
+
+# %% [markdown]
 # ## 1. Settings
 
 # %%
