@@ -1,7 +1,7 @@
 """The typed schema of a run: every field with its default, its check and its meaning.
 
 The fields of a model stand beside it, in one file per family (`config_hybrid`,
-`config_equilibrium`, `config_chopt`); what fields must be to each other stands in
+`config_equilibrium`, `config_chopt`, `config_buu`); what fields must be to each other stands in
 `config_checks`. There are no other defaults or ranges. A config file starts from
 `defaults(family)`, changes what its experiment needs, and is turned at once into the frozen
 dataclasses below by `hippocampus.config_files.load_config`.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hippocampus.config_buu import BuuConfig as BuuConfig
 from hippocampus.config_chopt import BackboneConfig as BackboneConfig
 from hippocampus.config_chopt import CHopTConfig as CHopTConfig
 from hippocampus.config_chopt import LoRAConfig as LoRAConfig
@@ -155,7 +156,7 @@ class DataConfig:
                           ".parquet file or a glob of them; a folder of Dataset.save_to_disk; "
                           "a hub id such as Salesforce/wikitext; or recall: and a task")
     form: str = setting("text", "text: documents to go on with; stories: stories with questions "
-                        "about them, for a model with a persistent memory",
+                        "about them, for a model with a pretrained decoder",
                         choices=("text", "stories"))
     subset: str = setting("", "configuration of a hub data set, such as wikitext-103-raw-v1; "
                           "empty = its only or default one")
@@ -296,5 +297,6 @@ class Config:
 
 
 FAMILIES: dict[str, type] = {
-    "hybrid": HybridConfig, "equilibrium": EquilibriumConfig, "chopt": CHopTConfig}
+    "hybrid": HybridConfig, "equilibrium": EquilibriumConfig, "chopt": CHopTConfig,
+    "buu": BuuConfig}
 """`model.family` -> the class of `Config.model`."""

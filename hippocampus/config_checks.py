@@ -15,7 +15,9 @@ from hippocampus.config import (
     OptimizerConfig,
     StoriesConfig,
 )
-from hippocampus.config_checks_chopt import BACKBONE, check_chopt
+from hippocampus.config_checks_buu import check_buu
+from hippocampus.config_checks_chopt import check_chopt
+from hippocampus.config_checks_decoder import BACKBONE
 from hippocampus.config_checks_equilibrium import check_equilibrium
 from hippocampus.config_checks_hybrid import check_hybrid
 from hippocampus.config_recall import RECALL, check_recall
@@ -27,7 +29,8 @@ _LONGEST_NAME = 255
 """Bytes of a file's name."""
 
 _FAMILIES: dict[str, Callable[[Config, Any], None]] = {
-    "hybrid": check_hybrid, "equilibrium": check_equilibrium, "chopt": check_chopt}
+    "hybrid": check_hybrid, "equilibrium": check_equilibrium, "chopt": check_chopt,
+    "buu": check_buu}
 
 
 def check_together(config: Config) -> Config:
@@ -41,7 +44,7 @@ def check_together(config: Config) -> Config:
     check_divides("train.batch_size", train.batch_size,
                   "train.grad_accumulation", train.grad_accumulation)
     _check_groups(config.optimizer)
-    if model.family != "chopt":  # of which the decoder's files say the widths
+    if not hasattr(model, "backbone"):  # of which the decoder's files say the widths
         check_divides("model.d_model", model.d_model, "model.n_heads", model.n_heads)
     _FAMILIES[model.family](config, model)
     _check_data(config.data)
@@ -116,9 +119,9 @@ def _check_data(data: DataConfig) -> None:
 
 
 def _check_stories(config: Config) -> None:
-    """Refuses stories for a model without a persistent memory, and settings that have none."""
+    """Refuses stories for a model without a pretrained decoder, and settings that have none."""
     data, family = config.data, config.model.family
-    if data.tokenizer == BACKBONE and family != "chopt":
+    if data.tokenizer == BACKBONE and not hasattr(config.model, "backbone"):
         raise ConfigError(f"data.tokenizer is {BACKBONE}, and model.family {family} has no "
                           "pretrained decoder", "bytes, characters, words, bpe or a path")
     if data.form == "text":
@@ -126,9 +129,10 @@ def _check_stories(config: Config) -> None:
             raise ConfigError("data.stories is set, and data.form is text",
                               "data.form=stories reads stories with questions")
         return
-    if family != "chopt":
-        raise ConfigError(f"data.form is stories, and model.family {family} has no persistent "
-                          "memory", "model.family=chopt has one; data.form=text reads documents")
+    if not hasattr(config.model, "backbone"):
+        raise ConfigError(f"data.form is stories, and model.family {family} has no pretrained "
+                          "decoder", "model.family=chopt and buu have one; data.form=text reads "
+                          "documents")
     if data.order != "shuffled" or data.documents != "joined" or config.eval.stride:
         raise ConfigError("data.order, data.documents or eval.stride is set, and data.form is "
                           "stories", "stories have an order of their own: leave them out")

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from hippocampus.config import (
-    CHopTConfig,
-    Config,
-    EquilibriumLossConfig,
-    LoRAConfig,
-    RectifiedFlowConfig,
-)
+from hippocampus.config import CHopTConfig, Config
+from hippocampus.config_checks_decoder import check_around_decoder
 from hippocampus.config_refusals import check_divides
 from hippocampus.errors import ConfigError
-
-BACKBONE = "backbone"
-"""`data.tokenizer` of a model with a pretrained decoder: the decoder's own."""
 
 
 def check_chopt(config: Config, model: CHopTConfig) -> None:
@@ -28,23 +20,13 @@ def check_chopt(config: Config, model: CHopTConfig) -> None:
     Raises:
       ConfigError: with the fields and the numbers that do not fit.
     """
-    loss = config.loss
-    if loss.rectified_flow != RectifiedFlowConfig() or loss.equilibrium != EquilibriumLossConfig():
-        raise ConfigError("loss.rectified_flow or loss.equilibrium is set, and model.family is "
-                          "chopt", "their terms are of other families")
-    if config.data.tokenizer != BACKBONE:
-        raise ConfigError(f"data.tokenizer is {config.data.tokenizer[:60]!r} for model.family = "
-                          "chopt", f"a pretrained decoder knows its own ids: "
-                          f"data.tokenizer={BACKBONE}")
+    check_around_decoder(config, model)
     if model.chunk:
         check_divides("data.context", config.data.context, "model.chunk", model.chunk)
     if config.mesh.sequence > 1:
         raise ConfigError(f"mesh.sequence = {config.mesh.sequence} for model.family = chopt",
                           "chunks are read one after the other: share out rows, mesh.data or "
                           "mesh.fsdp")
-    if model.backbone.train != "lora" and model.lora != LoRAConfig():
-        raise ConfigError(f"model.lora is set, and model.backbone.train is {model.backbone.train}",
-                          "adapters are trained with model.backbone.train=lora")
     if config.eval.context not in (0, config.data.context):
         raise ConfigError(f"eval.context = {config.eval.context} for model.family = chopt",
                           "a memory is written as in training: leave it at 0")

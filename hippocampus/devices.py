@@ -122,6 +122,7 @@ _AUTOMATIC: dict[str, dict[str, str]] = {
     "equilibrium": {"model.hopfield.backend": "attention", "model.ssm.backend": "scan",
                     "model.cell.ssm.backend": "scan"},
     "chopt": {"model.backend": "attention"},
+    "buu": {"model.backend": "attention", "model.adapters.ssm.backend": "scan"},
 }
 """Of each model family: fields that can be "auto" -> what of a `Choice` decides them."""
 

@@ -10,11 +10,12 @@ from hippocampus.errors import ConfigError
 from hippocampus.verbs import Parser, run_verb
 
 if TYPE_CHECKING:
+    from hippocampus.probing.adapters.opening import Request as AdapterRequest
     from hippocampus.probing.memory.opening import Request
 
 _SUITES = ("paths, shuffle, segments, controller, gates, hopfield, ssm, energy, tokens, attention, "
            "lens, flow, recall, equilibrium, energy_landscape, associative_recall, continual, "
-           "memory")
+           "memory, buu")
 
 
 def main(arguments: Sequence[str], suite: str = "") -> None:
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str], suite: str = "") -> None:
     parser.add_argument("--out", metavar="DIR", help="folder of results.csv, the JSON and SVG "
                         "files and the report (default: probes/ in the run folder)")
     add_story_flags(parser)
+    add_adapter_flags(parser)
     flags = parser.parse_args(arguments)
 
     from hippocampus.probing.command import probe_run, write_memories
@@ -57,7 +59,8 @@ def main(arguments: Sequence[str], suite: str = "") -> None:
             raise ConfigError("--stage=write is for the suite memory", "--suite=memory")
         write_memories(flags.workdir, stories, **windows)
         return
-    probe_run(flags.workdir, asked, flags.out, stories=stories, **windows)
+    probe_run(flags.workdir, asked, flags.out, stories=stories, adapters=adapter_request(flags),
+              **windows)
 
 
 def add_story_flags(parser: argparse.ArgumentParser) -> None:
@@ -100,6 +103,32 @@ def story_request(flags: argparse.Namespace) -> Request:
         context_tokens=flags.max_text, delays=flags.delays, interferers=flags.interferers,
         slots=flags.slots, users=flags.users)
     return Request(flags.stories, flags.split, flags.memories, flags.stage, settings=settings)
+
+
+def add_adapter_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of the suite that looks into adapters."""
+    group = parser.add_argument_group("suite buu")
+    group.add_argument("--lora", default="", metavar="RUN", help="run folder of the same decoder "
+                       "with low-rank adapters of as many parameters, as a control")
+    group.add_argument("--queries", default="", metavar="FILE", help="JSON lines with category, "
+                       "prompt and answer (default: generated ones)")
+    group.add_argument("--n_queries", type=int, default=1000,
+                       help="how many are generated (default: 1000)")
+    group.add_argument("--max_written", type=int, default=16,
+                       help="tokens of an answer (default: 16)")
+    group.add_argument("--base_text", default="", metavar="FILE", help="general text that must not "
+                       "have become harder (default: documentation that comes with Python)")
+
+
+def adapter_request(flags: argparse.Namespace) -> AdapterRequest:
+    """What the flags say of adapters.
+
+    Raises:
+      ConfigError: a number that is out of range.
+    """
+    from hippocampus.probing.adapters.opening import Request
+
+    return Request(flags.lora, flags.queries, flags.n_queries, flags.max_written, flags.base_text)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hippocampus.backbones.architecture import Architecture, LayerSpec
 from hippocampus.backbones.attention import DecoderAttention, Memory
+from hippocampus.backbones.insertion import NOTHING, Insertion
 from hippocampus.backbones.llama import LlamaLayer
 from hippocampus.data.batches import Batch
 from hippocampus.layers.edits import Edit, no_edit, scoped
@@ -37,10 +38,12 @@ class DecoderCache:
     Attributes:
       length_B: tokens that each row has read.
       layers: keys and values of every layer that has its own.
+      inserted: what parts that are inserted after attention remember, as "layers_<i>".
     """
 
     length_B: Int[Array, " B"]
     layers: tuple[AttentionCache, ...]
+    inserted: dict[str, Any] = struct.field(default_factory=dict)
 
 
 class Decoder(nn.Module):
@@ -96,7 +99,7 @@ class Decoder(nn.Module):
 
     def forward(
         self, batch: Batch, state: dict | None = None, *, interventions: Any = None,
-        train: bool = False, progress: Any = None,
+        train: bool = False, progress: Any = None, inserted: Insertion | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Array], dict]:
         """Final hidden states of every token.
 
@@ -107,6 +110,7 @@ class Decoder(nn.Module):
           train: dropout of adapters on (see `hippocampus.layers.lora`); where they have one, it
             needs the random stream "dropout". A decoder alone has none.
           progress: share of a training that is done; of no effect.
+          inserted: parts of another model, after the attention of some layers; None = none.
 
         Returns:
           hidden_BTD (normalised, compute dtype), `out`, and the state. `out["final"]` are the
@@ -118,7 +122,8 @@ class Decoder(nn.Module):
         x, per_layer = self._enter(tokens_BT, x_BTD, train)
         drops = train and has_dropout(self.variables["params"])
         key = self.make_rng("dropout") if drops else None
-        x, out = self._run_stack(x, per_layer, key, batch.document_ids_BT, positions_BT)
+        x, out = self._run_stack(x, per_layer, key, batch.document_ids_BT, positions_BT,
+                                 inserted or NOTHING)
         out["embedding"] = x_BTD
         out["final"] = final_BTD = self.edit("final", self._leave(x, train))
         hidden_BTD = self.norm_out(final_BTD)
@@ -161,24 +166,31 @@ class Decoder(nn.Module):
 
     def extend_stream(
         self, tokens_Bn: Int[Array, "B n"], cache: DecoderCache,
-        valid_Bn: Bool[Array, "B n"] | None = None,
+        valid_Bn: Bool[Array, "B n"] | None = None, inserted: Insertion | None = None,
     ) -> tuple[Float[Array, "B n D"], DecoderCache]:
-        """`extend` up to the states before the last norm."""
+        """`extend` up to the states before the last norm, with what is inserted (as `forward`)."""
         if valid_Bn is None:
             valid_Bn = jnp.ones(tokens_Bn.shape, bool)
         positions_Bn = cache.length_B[:, None] + jnp.cumsum(valid_Bn, axis=1) - valid_Bn
         x, per_layer = self._enter(tokens_Bn, self._embed(tokens_Bn))
         caches: list[AttentionCache] = []
         memories: dict[int, Memory] = {}
+        inserted, remembered = inserted or NOTHING, {}
         for i, spec in enumerate(self.config.layers):
-            own = spec.source < 0
-            x, _, new, memories[i] = self._layer(spec).apply(
+            own, name = spec.source < 0, f"layers_{i}"
+            x, out, new, memories[i] = self._layer(spec).apply(
                 {"params": self.layer_params[i]}, x, positions_Bn,
                 None if per_layer is None else per_layer[i], valid_BT=valid_Bn,
-                cache=cache.layers[i] if own else None, source=memories.get(spec.source))
+                cache=cache.layers[i] if own else None, source=memories.get(spec.source),
+                after_attention=inserted.bound(
+                    inserted.arrays.get(i), positions_Bn, cache=cache.inserted.get(name),
+                    valid_BT=valid_Bn))
             if own:
                 caches.append(new)
-        return self._leave(x), DecoderCache(cache.length_B + valid_Bn.sum(1), tuple(caches))
+            if i in inserted.arrays:
+                remembered[name] = out["adapter.cache"]
+        return self._leave(x), DecoderCache(cache.length_B + valid_Bn.sum(1), tuple(caches),
+                                            remembered)
 
     def finish(self, final_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The last norm, for a model that adds something in front of it."""
@@ -248,12 +260,14 @@ class Decoder(nn.Module):
 
     def _run_stack(
         self, x: Array, own_inputs: Array | None, key: Array | None,
-        document_ids_BT: Array | None, positions_BT: Array,
+        document_ids_BT: Array | None, positions_BT: Array, inserted: Insertion,
     ) -> tuple[Array, dict[str, Array]]:
         """All layers in order: those with their own keys, then those that read the keys of them."""
         specs, own = self.config.layers, self.config.n_own_layers
         per_layer = {"input": own_inputs,
                      "key": None if key is None else jax.random.split(key, len(specs))}
+        # A layer is compiled apart from those where nothing is inserted, and with those like it.
+        trees = [(params, inserted.arrays.get(i)) for i, params in enumerate(self.layer_params)]
         out: dict[str, Array] = {}
         if self.is_initializing():  # the layers' parameters are made in setup
             return x, {}
@@ -262,23 +276,25 @@ class Decoder(nn.Module):
                                             out[f"layers.{spec.source}.attention.value"])
                         for spec in specs[start:stop] if spec.source >= 0}
 
-            def apply_layer(spec: LayerSpec, params: Any, x: Array, layer: dict[str, Any],
+            def apply_layer(spec: LayerSpec, tree: Any, x: Array, layer: dict[str, Any],
                             edit: Edit = no_edit, memories: Any = memories) -> Any:
                 rngs = {} if layer["key"] is None else {"dropout": layer["key"]}
                 return self._layer(spec, edit).apply(
-                    {"params": params}, x, positions_BT, layer["input"], rngs=rngs,
-                    document_ids_BT=document_ids_BT, source=memories.get(spec.source))[:2]
+                    {"params": tree[0]}, x, positions_BT, layer["input"], rngs=rngs,
+                    document_ids_BT=document_ids_BT, source=memories.get(spec.source),
+                    after_attention=inserted.bound(
+                        tree[1], positions_BT, document_ids_BT=document_ids_BT))[:2]
 
             if self.edit is no_edit:
                 x, found = run_layers(
-                    apply_layer, specs[start:stop], self.layer_params[start:stop], x,
+                    apply_layer, specs[start:stop], trees[start:stop], x,
                     jax.tree.map(lambda array, a=start, b=stop: array[a:b], per_layer),
                     scan=self.scan_layers, remat=self.remat, first=start)
                 out.update(found)
                 continue
             for i in range(start, stop):  # a callable edit knows layers by name
                 layer = jax.tree.map(lambda array, i=i: array[i], per_layer)
-                x, found = apply_layer(specs[i], self.layer_params[i], x, layer,
+                x, found = apply_layer(specs[i], trees[i], x, layer,
                                        scoped(self.edit, f"layers.{i}."))
                 out.update({f"layers.{i}.{name}": value for name, value in found.items()})
         return x, out

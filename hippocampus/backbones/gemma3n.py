@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 from hippocampus.backbones.architecture import AltUpSpec, Architecture, LayerSpec
 from hippocampus.backbones.attention import DecoderAttention
 from hippocampus.backbones.decoder import Decoder
+from hippocampus.backbones.insertion import AfterAttention
 from hippocampus.backbones.llama import GatedMLP
 from hippocampus.layers.edits import Edit, no_edit, scoped
 from hippocampus.layers.lora import Linear
@@ -124,7 +125,8 @@ class Gemma3nLayer(nn.Module):
     @nn.compact
     def __call__(
         self, streams_ABTD: Float[Array, "A B T D"], positions_BT: Int[Array, "B T"],
-        per_layer_BTP: Float[Array, "B T P"], **memory: Any,
+        per_layer_BTP: Float[Array, "B T P"], after_attention: AfterAttention | None = None,
+        **memory: Any,
     ) -> tuple[Float[Array, "A B T D"], dict[str, Array], Any, Any]:
         """Runs the layer.
 
@@ -132,11 +134,12 @@ class Gemma3nLayer(nn.Module):
           streams_ABTD: residual streams.
           positions_BT: position of each token in its document.
           per_layer_BTP: the layer's own input.
+          after_attention: what is inserted between attention and what it is added to.
           memory: further arguments of `DecoderAttention`.
 
         Returns:
-          The streams; `out` ("attention.<name>", "mlp.out", and the first stream as "residual");
-          the new cache; and the memory that attention read.
+          The streams; `out` ("attention.<name>", "mlp.out", the first stream as "residual", and
+          "adapter.<name>" of what is inserted); the new cache; and the memory that attention read.
         """
         cfg = self.config
 
@@ -151,10 +154,13 @@ class Gemma3nLayer(nn.Module):
         y_BTD, parts, cache, read = DecoderAttention(
             cfg, self.spec, self.dtype, self.backend, scoped(self.edit, "attention."),
             name="attention")(h_BTD, positions_BT, **memory)
+        out = {f"attention.{name}": value for name, value in parts.items()}
+        if after_attention is not None:
+            y_BTD, parts = after_attention(h_BTD, y_BTD, scoped(self.edit, "adapter."))
+            out |= {f"adapter.{name}": value for name, value in parts.items()}
         u_BTD = predicted_ABTD[0] + norm("norm_attention_out", y_BTD) + laurel_BTD
         u_BTD = u_BTD * jnp.asarray(2**-0.5, self.dtype)
         y_BTD = GatedMLP(cfg, self.spec, self.dtype, name="mlp")(norm("norm_mlp", u_BTD))
-        out = {f"attention.{name}": value for name, value in parts.items()}
         out["mlp.out"] = y_BTD = self.edit("mlp.out", y_BTD)
         y_BTD = u_BTD + norm("norm_mlp_out", y_BTD)
         streams_ABTD = altup.corrected(predicted_ABTD, y_BTD)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from hippocampus.backbones.architecture import Architecture, LayerSpec
 from hippocampus.backbones.attention import DecoderAttention
+from hippocampus.backbones.insertion import AfterAttention
 from hippocampus.layers.edits import Edit, no_edit, scoped
 from hippocampus.layers.lora import Linear
 from hippocampus.layers.norms import RMSNorm
@@ -65,7 +66,8 @@ class LlamaLayer(nn.Module):
     @nn.compact
     def __call__(
         self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"],
-        per_layer_BTP: None = None, **memory: Any,
+        per_layer_BTP: None = None, after_attention: AfterAttention | None = None,
+        **memory: Any,
     ) -> tuple[Float[Array, "B T D"], dict[str, Array], Any, Any]:
         """Runs the layer.
 
@@ -73,11 +75,12 @@ class LlamaLayer(nn.Module):
           x_BTD: residual stream.
           positions_BT: position of each token in its document.
           per_layer_BTP: nothing in these families.
+          after_attention: what is inserted between attention and what it is added to.
           memory: further arguments of `DecoderAttention`.
 
         Returns:
-          x_BTD; `out` ("attention.<name>", "mlp.out", "residual"); the new cache; and the memory
-          that attention read.
+          x_BTD; `out` ("attention.<name>", "mlp.out", "residual", and "adapter.<name>" of what is
+          inserted); the new cache; and the memory that attention read.
         """
         cfg = self.config
 
@@ -85,12 +88,16 @@ class LlamaLayer(nn.Module):
             y: Array = RMSNorm(cfg.norm_epsilon, self.dtype, offset=cfg.norm_offset, name=name)(x)
             return y
 
+        h_BTD = norm("norm_attention", x_BTD)
         y_BTD, parts, cache, read = DecoderAttention(
             cfg, self.spec, self.dtype, self.backend, scoped(self.edit, "attention."),
-            name="attention")(norm("norm_attention", x_BTD), positions_BT, **memory)
+            name="attention")(h_BTD, positions_BT, **memory)
+        out = {f"attention.{name}": value for name, value in parts.items()}
+        if after_attention is not None:
+            y_BTD, parts = after_attention(h_BTD, y_BTD, scoped(self.edit, "adapter."))
+            out |= {f"adapter.{name}": value for name, value in parts.items()}
         x_BTD = x_BTD + (norm("norm_attention_out", y_BTD) if cfg.is_gemma else y_BTD)
         y_BTD = GatedMLP(cfg, self.spec, self.dtype, name="mlp")(norm("norm_mlp", x_BTD))
-        out = {f"attention.{name}": value for name, value in parts.items()}
         out["mlp.out"] = y_BTD = self.edit("mlp.out", y_BTD)
         x_BTD = x_BTD + (norm("norm_mlp_out", y_BTD) if cfg.is_gemma else y_BTD)
         out["residual"] = x_BTD = self.edit("residual", x_BTD)

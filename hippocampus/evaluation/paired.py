@@ -113,6 +113,22 @@ def smallest_effect(sd: float, n: int, level: float = 1 - CONFIDENCE) -> float:
     return (z(1 - level / 2) + z(POWER)) * sd / math.sqrt(n)
 
 
+def effect_size(ours: Mapping[str, float], theirs: Mapping[str, float]) -> float | None:
+    """The mean difference in units of the differences' own standard deviation.
+
+    Args:
+      ours, theirs: a number by story, of which at least two are in both.
+
+    Returns:
+      d_z; None where all differences are equal, or there is only one.
+
+    Source: Cohen 1988, Statistical power analysis, section 2.3.5.
+    """
+    differences = [ours[story] - theirs[story] for story in ours if story in theirs]
+    sd = statistics.stdev(differences) if len(differences) > 1 else 0.0
+    return statistics.fmean(differences) / sd if sd else None
+
+
 def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     """The bootstrap interval of a mean over stories, as that of `compare_paired`.
 

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array
 
 from hippocampus.backbones.hub_tokenizer import HubTokenizer
-from hippocampus.config import CHopTConfig, Config
+from hippocampus.config import Config
 from hippocampus.data.batches import Batch
 from hippocampus.data.stories import Stories, open_stories
 from hippocampus.data.story_chunks import StoryPass, StoryWindows
@@ -105,7 +105,6 @@ def story_text(config: Config, stories: Stories, tokenizer: HubTokenizer, split:
       DataError: there is no such split, or it cannot be read.
     """
     template, model = Template(config.data.stories.template), config.model
-    assert isinstance(model, CHopTConfig)
     found = story_split(stories, tokenizer, split)
     questions = tokenize_questions(
         found.questions, tokenizer, template, begin_id=tokenizer.begin_id,
@@ -114,7 +113,8 @@ def story_text(config: Config, stories: Stories, tokenizer: HubTokenizer, split:
     return StoryText(
         stories.name, stories.digest, split, tokenizer, found.ids, found.starts[:-1],
         sum(len(reply.encode()) for reply in replies), sum(len(reply.split()) for reply in replies),
-        0, found, questions, model.chunk or config.data.context, tokenizer.begin_id)
+        0, found, questions, getattr(model, "chunk", 0) or config.data.context,
+        tokenizer.begin_id)
 
 
 def answer_lines(train: StoryText, text: StoryText) -> dict[str, float]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hippocampus.config import (
+    BuuConfig,
     CHopTConfig,
     EquilibriumConfig,
     HybridConfig,
@@ -98,10 +99,7 @@ def _equilibrium(model: EquilibriumConfig) -> ModelFacts:
 
 
 def _chopt(model: CHopTConfig) -> ModelFacts:
-    memory, backbone = model.memory, model.backbone
-    trained = {"none": "not trained", "lora": f"with trained adapters of rank {model.lora.rank}",
-               "full": "trained"}[backbone.train]
-    name = Path(backbone.path).name or "a pretrained decoder"
+    memory, (name, trained) = model.memory, _decoder(model)
     heads = f"{memory.n_heads} head{'s' * (memory.n_heads > 1)}"
     of = {"hidden": "", "next_token": " of next tokens"}[memory.values]
     slots = f"{memory.n_slots:,} slots{of}, {memory.strategy}, {heads}"
@@ -111,9 +109,31 @@ def _chopt(model: CHopTConfig) -> ModelFacts:
         (_TAGS["hopfield"],), f"{name}, {trained}; a memory of {slots}")
 
 
+def _buu(model: BuuConfig) -> ModelFacts:
+    adapters, (name, trained) = model.adapters, _decoder(model)
+    n = len(adapters.layers) or adapters.count
+    if not n:
+        return ModelFacts((("decoder", f"{name}, {trained}"),), (), f"{name}, {trained}")
+    memory = adapters.memory
+    where = f"layers {', '.join(map(str, sorted(adapters.layers)))}" if adapters.layers else (
+        f"the last {_count(n, 'layer')}")
+    branches = f"{adapters.ssm.kind} state space and {memory.slots:,} slots, {adapters.mix}"
+    return ModelFacts(
+        (("decoder", f"{name}, {trained}"), ("adapters", f"in {where}: {branches}")),
+        (_TAGS["ssm"], _TAGS["hopfield"], "adapter"),
+        f"{name}, {trained}; {_count(n, 'gated adapter')} of {branches}")
+
+
+def _decoder(model: CHopTConfig | BuuConfig) -> tuple[str, str]:
+    """Name of a pretrained decoder, and what is trained of it."""
+    trained = {"none": "not trained", "lora": f"with trained adapters of rank {model.lora.rank}",
+               "full": "trained"}[model.backbone.train]
+    return Path(model.backbone.path).name or "a pretrained decoder", trained
+
+
 def _count(n: int, what: str) -> str:
     return f"{n} {what}{'s' * (n != 1)}"
 
 
 _FAMILIES: dict[str, Callable[[Any], ModelFacts]] = {
-    "hybrid": _hybrid, "equilibrium": _equilibrium, "chopt": _chopt}
+    "hybrid": _hybrid, "equilibrium": _equilibrium, "chopt": _chopt, "buu": _buu}

@@ -30,6 +30,7 @@ from hippocampus.generation.generate import (
     write_rows,
 )
 from hippocampus.generation.memory_file import Fingerprint
+from hippocampus.generation.monitored import Monitored
 from hippocampus.generation.remembering import Memory, Remembered, Turn, document_ids, one_each
 from hippocampus.generation.user_memory import UserMemory, fingerprint_of
 from hippocampus.models import taps
@@ -92,7 +93,7 @@ Found = tuple[Array, dict[str, Array]]
 """Logits (B,T,V), and intermediates by name."""
 
 
-class LanguageModel:
+class LanguageModel(Monitored):
     """Generates, scores, and opens up a trained model."""
 
     def __init__(self, model: Any, params: Any, tokenizer: Tokenizer, config: Config,

@@ -12,22 +12,25 @@ from jaxtyping import Array
 
 from hippocampus.backbones.architecture import Architecture, parse_architecture
 from hippocampus.backbones.loading import load_backbone
-from hippocampus.config import CHopTConfig, Config
+from hippocampus.config import BuuConfig, CHopTConfig, Config, LoRAConfig
+from hippocampus.config_adapters import adapted_layers, check_adapters
 from hippocampus.config_memory import check_memory
 from hippocampus.devices import Device, resolve
 from hippocampus.errors import ConfigError
 from hippocampus.layers.lora import LoRA
+from hippocampus.models.buu import Buu
 from hippocampus.models.chopt import CHopT
 from hippocampus.models.equilibrium_lm import EquilibriumLM
 from hippocampus.models.hybrid_lm import HybridLM
 
-LM = HybridLM | EquilibriumLM | CHopT
+LM = HybridLM | EquilibriumLM | CHopT | Buu
 """A model of any family."""
 
 FAMILIES: dict[str, Callable[[Any], Any]] = {
     "hybrid": lambda config: HybridLM(config.model, _flow_width(config)),
     "equilibrium": lambda config: EquilibriumLM(config.model),
-    "chopt": lambda config: _chopt(config.model, config.data.context)}
+    "chopt": lambda config: _chopt(config.model, config.data.context),
+    "buu": lambda config: _buu(config.model)}
 
 
 def build_model(config: Config, device: Device | None = None) -> Any:
@@ -78,15 +81,26 @@ def _flow_width(config: Config) -> int:
 
 
 def _chopt(model: CHopTConfig, context: int) -> CHopT:
-    lora, architecture = model.lora, architecture_of(model)
+    architecture = architecture_of(model)
     check_memory(model.memory, architecture.d_model)
-    adapters = LoRA(lora.rank, lora.alpha, lora.dropout, lora.rslora, lora.targets)
     return CHopT(architecture, model.memory, model.chunk or context, model.compute_dtype,
                  model.scan_layers, model.remat, model.backend,
-                 train_backbone=model.backbone.train, lora=adapters)
+                 train_backbone=model.backbone.train, lora=_lora(model.lora))
 
 
-def architecture_of(model: CHopTConfig) -> Architecture:
+def _buu(model: BuuConfig) -> Buu:
+    architecture = architecture_of(model)
+    if adapted_layers(model.adapters, architecture.n_layers):
+        check_adapters(model.adapters, architecture.d_model, architecture.n_heads)
+    return Buu(architecture, model.adapters, model.compute_dtype, model.scan_layers, model.remat,
+               model.backend, train_backbone=model.backbone.train, lora=_lora(model.lora))
+
+
+def _lora(lora: LoRAConfig) -> LoRA:
+    return LoRA(lora.rank, lora.alpha, lora.dropout, lora.rslora, lora.targets)
+
+
+def architecture_of(model: CHopTConfig | BuuConfig) -> Architecture:
     """The pretrained decoder of a config: as it says itself, else as the decoder's files say.
 
     Raises:

@@ -11,7 +11,7 @@ that no token sees itself or what follows. At first a = 0, and the logits are th
 
 Gradients run through the chunks of a row, from a read back into the writes before it; what a row
 hands on to the next one is detached by the training step. Of the decoder nothing is trained,
-adapters beside its matrices, or all of it (`train_backbone`, hippocampus.models.halves).
+adapters beside its matrices, or all of it (`train_backbone`, hippocampus.models.around_decoder).
 
 Source: segments that hand on a memory, Bulatov et al. 2022 (arXiv:2207.06881), section 3.
 """
@@ -27,17 +27,17 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from hippocampus.backbones.architecture import Architecture
-from hippocampus.backbones.decoder import Decoder, DecoderCache
-from hippocampus.backbones.loading import build_decoder
+from hippocampus.backbones.decoder import DecoderCache
 from hippocampus.config_memory import MemoryConfig
 from hippocampus.data.batches import Batch
 from hippocampus.data.story_rows import ChunkedBatch
 from hippocampus.errors import ConfigError
 from hippocampus.layers.edits import Edit, no_edit, scoped
-from hippocampus.layers.lora import LoRA, init_adapters, with_adapters
+from hippocampus.layers.lora import LoRA
 from hippocampus.layers.memory_bank import MODES, MemoryBank
+from hippocampus.models.around_decoder import AroundDecoder
 from hippocampus.models.interventions import Interventions
-from hippocampus.ops.cross_entropy import Head, token_nll
+from hippocampus.ops.cross_entropy import token_nll
 from hippocampus.ops.memory_state import MemoryState, choose_users, empty_state
 
 READ_ONLY = MODES.index("read_only")
@@ -56,7 +56,7 @@ class CHopTCache:
     memory: MemoryState
 
 
-class CHopT(nn.Module):
+class CHopT(AroundDecoder, nn.Module):
     """A decoder and the memory after it; see the module's docstring for the maths.
 
     Parameters lie as `backbone`, the decoder's tree, and `memory`.
@@ -193,11 +193,6 @@ class CHopT(nn.Module):
         out["segments.hidden"] = hidden_BTD[None]
         return hidden_BTD, out, {"memory": memory}
 
-    def norm_out(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """The last norm, which the head reads behind."""
-        normalised: Array = self.backbone.finish(x_BTD)
-        return normalised
-
     @nn.nowrap
     def new_memory(self, params: Any, users: int) -> MemoryState:
         """The memories of new users, as `forward` gives them to rows that start afresh.
@@ -248,70 +243,15 @@ class CHopT(nn.Module):
                           choose_users(rows_B, self._empty(len(rows_B)), cache.memory))
 
     @nn.nowrap
-    def decode_params(self, params: Any) -> Any:
-        """The parameters with the decoder's in compute dtype."""
-        return {**params, "backbone": self._decoder().decode_params(params["backbone"])}
-
-    @nn.nowrap
-    def decode_variables(self, params: Any, capacity: int) -> dict[str, Any]:
-        """What `apply(…, method="extend")` takes; `capacity` is of no effect."""
-        return {"params": self.decode_params(params)}
-
-    @nn.nowrap
-    def trained(self, params: Any, key: Array) -> Any:
-        """What is trained: the memory's parameters, and the decoder's or adapters of it.
-
-        Args:
-          params: all parameters, or their shapes.
-          key: random key of the adapters.
-        """
-        if self.train_backbone == "full":
-            return params
-        memory = {"memory_bank": params["memory_bank"]}
-        if self.train_backbone == "none":
-            return memory
-        return {**memory, "lora": init_adapters(key, params["backbone"], self.lora)}
-
-    @nn.nowrap
-    def frozen(self, params: Any) -> Any:
-        """What is not trained: the decoder's parameters, unless all of them are."""
-        return {} if self.train_backbone == "full" else {"backbone": params["backbone"]}
-
-    @nn.nowrap
-    def whole(self, trained: Any, frozen: Any) -> Any:
-        """All parameters, adapters beside their matrices."""
-        if self.train_backbone == "full":
-            return trained
-        backbone = frozen["backbone"]
-        if self.train_backbone == "lora":
-            backbone = with_adapters(backbone, trained["lora"], self.lora)
-        return {"backbone": backbone, "memory_bank": trained["memory_bank"]}
-
-    @nn.nowrap
-    def head(self, params: Any) -> Head:
-        """The output layer of a parameter tree."""
-        return self._decoder().head(params["backbone"])
-
-    @nn.nowrap
     def statistics(self, out: dict[str, Array],
                    weight_BT: Float[Array, "B T"]) -> dict[str, Float[Array, ""]]:
         """What to log of a forward pass, as sums over tokens: how far the memory's gate is open."""
         return {"memory/gate": out["memory.gate"] * weight_BT.sum()}
 
     @nn.nowrap
-    def distributions(self, out: dict[str, Array]) -> dict[str, Array]:
-        """What to draw of a forward pass: nothing."""
-        return {}
-
-    @nn.nowrap
     def init_state(self, batch: Batch) -> dict:
         """What `forward` carries from batch to batch: a memory for each row."""
         return {"memory": self._empty(len(batch.tokens_BT))}
-
-    @nn.nowrap
-    def _decoder(self, edit: Edit = no_edit) -> Decoder:
-        return build_decoder(self.config, compute_dtype=self.compute_dtype, backend=self.backend,
-                             scan_layers=self.scan_layers, remat=self.remat, edit=edit, parent=None)
 
     @nn.nowrap
     def _bank(self) -> MemoryBank:

@@ -14,14 +14,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from hippocampus.backbones.architecture import Architecture, LayerSpec
 from hippocampus.config import (
     PATHS,
+    BuuConfig,
     CHopTConfig,
     Config,
     EquilibriumConfig,
     HybridConfig,
     SSMConfig,
 )
+from hippocampus.config_adapters import adapted_layers, memory_width
 from hippocampus.config_equilibrium import SolverConfig
 from hippocampus.layers.mlp import mlp_width
 from hippocampus.models.build_model import architecture_of
@@ -42,7 +45,8 @@ def training_flops_by_component(config: Config) -> dict[str, float]:
       FLOPs per token of "ssm", "hopfield", "attention", "mixer", "mlp", "controller", "loss" (the
       head is part of it) and "embedding" (the projection of a factorised table); of an equilibrium
       model of "ssm", "hopfield", "mlp", "equilibrium" (what the cell reads and gives) and "loss";
-      of a CHopT of "attention", "mlp", "memory" and "loss".
+      of a CHopT of "attention", "mlp", "memory" and "loss", and of a Buu of "attention", "mlp",
+      "adapters" and "loss".
     """
     return _FAMILIES[config.model.family](config.model, config.data.context)
 
@@ -154,21 +158,47 @@ def _chopt(model: CHopTConfig, context: int) -> dict[str, float]:
     """What is frozen has no gradient of its own, and what stands in front of all that is trained
     none at all; a Gemma-3n's AltUp and per-layer inputs do not count."""
     cfg, memory, seen = architecture_of(model), model.memory, ((model.chunk or context) + 1) / 2
-    D, inner = cfg.d_model, cfg.n_heads * cfg.head_width
+    D = cfg.d_model
     width = memory.width or D
+    times = {"none": 1.0, "lora": 2.0, "full": 3.0}[model.backbone.train]
     parts = {"attention": 0.0, "mlp": 0.0}
     for spec in cfg.layers:
-        groups = cfg.n_kv_heads / cfg.n_heads if spec.source < 0 else 0.0
-        parts["attention"] += 2.0 * D * inner * (2 + 2 * groups) + 4.0 * inner * (
-            min(seen, spec.window) if spec.window else seen)
-        parts["mlp"] += 2.0 * 3 * D * spec.mlp_width
-    times = {"none": 1.0, "lora": 2.0, "full": 3.0}[model.backbone.train]
+        for name, flops in _decoder_layer(cfg, spec, seen).items():
+            parts[name] += times * flops
     written = memory.n_writes / (model.chunk or context)
     bank = 2.0 * D * width * (2 + 2 * written) + 4.0 * memory.steps * memory.n_slots * width
     head = 2.0 * padded_vocabulary(cfg.vocab_size) * D
-    return {**{name: times * flops for name, flops in parts.items()}, "memory": 3.0 * bank,
+    return {**parts, "memory": 3.0 * bank,
             "loss": (3.0 if model.backbone.train == "full" else 2.0) * head}
 
 
+def _buu(model: BuuConfig, context: int) -> dict[str, float]:
+    """As of a CHopT; what lies below the first adapted layer has no gradient at all."""
+    cfg, adapters, memory = architecture_of(model), model.adapters, model.adapters.memory
+    layers = adapted_layers(adapters, cfg.n_layers)
+    parts, D = {"attention": 0.0, "mlp": 0.0}, cfg.d_model
+    for i, spec in enumerate(cfg.layers):
+        frozen = 2.0 if layers and i >= layers[0] else 1.0
+        times = {"none": frozen, "lora": 2.0, "full": 3.0}[model.backbone.train]
+        for name, flops in _decoder_layer(cfg, spec, (context + 1) / 2).items():
+            parts[name] += times * flops
+    width = memory_width(memory, D)
+    adapter = ssm_flops(adapters.ssm, D, cfg.n_heads, context) + 2.0 * D * D + (
+        4.0 * D * width + 4.0 * memory.slots * width) + 2.0 * D * (
+            D if adapters.gate_width == "channel" else 1)
+    head = 2.0 * padded_vocabulary(cfg.vocab_size) * D
+    return {**parts, "adapters": 3.0 * len(layers) * adapter,
+            "loss": (3.0 if model.backbone.train == "full" else 2.0) * head}
+
+
+def _decoder_layer(cfg: Architecture, spec: LayerSpec, seen: float) -> dict[str, float]:
+    """Forward FLOPs per token of a decoder's layer, whose tokens see so many others."""
+    D, inner = cfg.d_model, cfg.n_heads * cfg.head_width
+    groups = cfg.n_kv_heads / cfg.n_heads if spec.source < 0 else 0.0
+    attention = 2.0 * D * inner * (2 + 2 * groups) + 4.0 * inner * (
+        min(seen, spec.window) if spec.window else seen)
+    return {"attention": attention, "mlp": 2.0 * 3 * D * spec.mlp_width}
+
+
 _FAMILIES: dict[str, Callable[[Any, int], dict[str, float]]] = {
-    "hybrid": _hybrid, "equilibrium": _equilibrium, "chopt": _chopt}
+    "hybrid": _hybrid, "equilibrium": _equilibrium, "chopt": _chopt, "buu": _buu}

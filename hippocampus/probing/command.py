@@ -15,6 +15,9 @@ from rich.console import Console
 from hippocampus.errors import ConfigError
 from hippocampus.evaluation.stand_alone import open_folder
 from hippocampus.files import check_writable, write_atomically
+from hippocampus.probing.adapters.findings import Findings as AdapterFindings
+from hippocampus.probing.adapters.opening import Request as AdapterRequest
+from hippocampus.probing.adapters.opening import open_adapter_probe
 from hippocampus.probing.memory.findings import Findings
 from hippocampus.probing.memory.opening import (
     Request,
@@ -27,19 +30,22 @@ from hippocampus.probing.probe import Probe, about, open_probe
 from hippocampus.probing.report import write_report
 from hippocampus.probing.results import SuiteResult, write_suite
 from hippocampus.probing.rows import write_results
-from hippocampus.probing.suites import SUITES, choose_suites, memory, run_suites
+from hippocampus.probing.suites import SUITES, buu, choose_suites, memory, run_suites
 
 FOLDER = "probes"
 
 ANSWERS = "memory_answers.jsonl"
 """Every answer of the memory suite, an object each."""
 
-_MEMORY = "memory"
+ADAPTER_ANSWERS = "adapter_answers.jsonl"
+"""Every answer of the suite buu, an object each."""
+
+_MEMORY, _ADAPTERS = "memory", "buu"
 
 
 def probe_run(workdir: str | Path, suites: str = "", out: str | Path | None = None,
               console: Console | None = None, stories: Request | None = None,
-              **settings: Any) -> tuple[Path, Path]:
+              adapters: AdapterRequest | None = None, **settings: Any) -> tuple[Path, Path]:
     """Runs suites and writes what they find; each is on disk before the next one begins.
 
     Args:
@@ -49,6 +55,7 @@ def probe_run(workdir: str | Path, suites: str = "", out: str | Path | None = No
       console: prints tables and progress.
       stories: what the memory suite reads and asks; what it shares with `settings` is taken from
         them. None = the defaults.
+      adapters: what the suite buu asks besides. None = the defaults.
       settings: of `open_probe`.
 
     Returns:
@@ -69,7 +76,8 @@ def probe_run(workdir: str | Path, suites: str = "", out: str | Path | None = No
             _MEMORY in names) else None
         windows = tuple(name for name in names if name != _MEMORY)
         if windows:
-            _window_suites(open_probe(workdir, **settings), windows, folder, console)
+            _window_suites(open_probe(workdir, **settings), windows, folder, console,
+                           adapters or AdapterRequest())
         if told is not None:
             _memory_suite(open_story_probe(workdir, *told), folder, console)
     results = write_results(folder, tuple(SUITES))
@@ -149,7 +157,8 @@ def _told(workdir: str | Path, stories: Request, settings: dict[str, Any],
     return request, folder
 
 
-def _window_suites(probe: Probe, names: tuple[str, ...], folder: Path, console: Console) -> None:
+def _window_suites(probe: Probe, names: tuple[str, ...], folder: Path, console: Console,
+                   adapters: AdapterRequest) -> None:
     made_by = about(probe)
     for line in (*probe.protocol.lines(), *probe.notes):
         console.print(line, soft_wrap=True, markup=False)
@@ -158,7 +167,22 @@ def _window_suites(probe: Probe, names: tuple[str, ...], folder: Path, console: 
         _show(result, console)
         write_suite(folder, result, made_by)
 
-    run_suites(probe, names, _printer(console), done)
+    own = _ADAPTERS in names and probe.config.model.family in buu.FAMILIES
+    run_suites(probe, [name for name in names if not own or name != _ADAPTERS], _printer(console),
+               done)
+    if own:
+        _adapter_suite(probe, adapters, folder, console)
+
+
+def _adapter_suite(probe: Probe, asked: AdapterRequest, folder: Path, console: Console) -> None:
+    def keep(findings: AdapterFindings) -> None:
+        write_atomically(folder / ADAPTER_ANSWERS, findings.lines())
+
+    begun = time.monotonic()
+    result = buu.run(open_adapter_probe(probe, asked), _printer(console), keep)
+    result = dataclasses.replace(result, seconds=time.monotonic() - begun)
+    _show(result, console)
+    write_suite(folder, result, about(probe))
 
 
 def _memory_suite(probe: StoryProbe, folder: Path, console: Console) -> None:

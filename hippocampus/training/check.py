@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from hippocampus.config import Config
 from hippocampus.devices import resolve
 from hippocampus.models.build_model import build_model, count_parameters
 from hippocampus.models.flops import training_flops_per_token
+from hippocampus.models.trained_share import trained_share
 from hippocampus.training import sharding
 from hippocampus.training.optimizer import build_optimizer
 from hippocampus.training.step import sharded_init
@@ -35,6 +37,7 @@ def describe(config: Config) -> str:
         f"{config.name}: the config is good\n"
         f"parameters            {count_parameters(model):,} (vocabulary {config.model.vocab_size}; "
         "training takes the tokenizer's)\n"
+        f"{_trained(model, config)}"
         f"train state           {per_device / 2**20:,.1f} MiB per device, of {mesh.size}; "
         "activations come on top\n"
         f"tokens                {tokens:,} per step, {_in_all(config, tokens)}\n"
@@ -42,6 +45,11 @@ def describe(config: Config) -> str:
         f"{training_flops_per_token(config) * tokens:.3g} per step\n"
         f"compute dtype         {config.model.compute_dtype}\n"
         f"mesh                  {dict(mesh.shape)}\n")
+
+
+def _trained(model: Any, config: Config) -> str:
+    share = trained_share(model, config)
+    return f"trained               {share}\n" if share else ""
 
 
 def _in_all(config: Config, tokens_per_step: int) -> str:

@@ -112,5 +112,6 @@ def flow_terms(model: Any, params: Any, batch: Batch, out: dict[str, Array], key
 
 
 _REGULARISERS: dict[str, Callable[..., Terms]] = {
-    "hybrid": flow_terms, "equilibrium": equilibrium_terms, "chopt": lambda *_: {}}
+    "hybrid": flow_terms, "equilibrium": equilibrium_terms, "chopt": lambda *_: {},
+    "buu": lambda *_: {}}
 """Of each model family: what is added to the cross-entropy."""

@@ -21,6 +21,7 @@ from hippocampus.files import write_atomically
 from hippocampus.generation.language_model import LanguageModel
 from hippocampus.models.build_model import count_parameters
 from hippocampus.models.halves import frozen_shapes, read_frozen, trained_shapes, whole
+from hippocampus.models.trained_share import trained_share
 from hippocampus.runs.checkpoints import Checkpoints
 from hippocampus.runs.run_folder import RunFolder
 from hippocampus.training import sharding
@@ -35,6 +36,8 @@ def greet(console: RunConsole, config: Config, folder: RunFolder, data: RunData,
     console.say(f"{config.name}: {count_parameters(model):,} parameters, "
                 f"{len(jax.devices())} x {jax.devices()[0].device_kind}, "
                 f"{config.model.compute_dtype}, in {folder.path}")
+    if share := trained_share(model, config):
+        console.say(f"trained: {share}")
     for line in data.describe(config):
         console.say(line)
 

@@ -136,3 +136,15 @@ def test_the_main_model_fits(topology):
     assert found["compiled"]["traffic"]["unknown_loops"] == []
     # Gradients are reduced at least once, in 2 or 4 bytes each.
     assert found["compiled"]["traffic"]["sent"]["all-reduce"] > 1.5 * 2 * found["parameters"]
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("shape", "parameters"), [("e2b", 4.50e9), ("e4b", 6.90e9)])
+def test_adapters_in_a_frozen_gemma3n_fit(shape, parameters):
+    found = planned(f"configs/buu_gemma3n_e2b.py:{shape}", "v5e:2x4", timeout=3500,
+                    **{"model.scan_layers": True})
+    assert found["parameters"] == pytest.approx(parameters, rel=0.01)
+    # The decoder in bfloat16 and the adapters' weights and moments, shared out over eight.
+    assert found["state_bytes"] < 1.1 * (2 * parameters + 3 * 4 * 65.6e6) / 8
+    assert found["fits"] is True

@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
 
+import buu_run  # noqa: E402
 import chopt_run  # noqa: E402
 import quick_xla  # noqa: E402
 import tiny_run  # noqa: E402
@@ -65,7 +66,13 @@ MODELS |= {
     "chopt": {
         "train__steps": 12, "optimizer__epsilon": 1.0, "optimizer__learning_rate": 0.3,
         "model__compute_dtype": "float32", "train__batch_size": 8, "ema__decay": 0.9},
+    "buu_packed": {  # with open gates, so that everything has a gradient at once
+        "model__adapters__mix": "interpolate", "model__adapters__gate_bias": 0.0,
+        "train__steps": 12, "optimizer__epsilon": 1.0, "optimizer__learning_rate": 0.3,
+        "model__compute_dtype": "float32", "train__batch_size": 8, "ema__decay": 0.9},
 }
+MAKERS = {"chopt": chopt_run.config, "buu_packed": buu_run.config}
+"""What makes the config of a model, where `tiny_run` does not."""
 
 
 def batch(config: Any, step: int, packed: bool) -> Any:
@@ -111,7 +118,7 @@ def parts(name: str) -> tuple[Any, Any, Any]:
     from hippocampus.training.opening import with_architecture
     from hippocampus.training.optimizer import build_optimizer
 
-    make = chopt_run.config if name == "chopt" else tiny_run.config
+    make = MAKERS.get(name, tiny_run.config)
     config, _ = resolve(with_architecture(make(**MODELS[name])))
     return config, build_model(config), build_optimizer(config.optimizer, config.train.steps)
 

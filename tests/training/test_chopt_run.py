@@ -163,10 +163,10 @@ def test_what_does_not_go_together_is_refused_before_anything_is_read(field, val
     assert said in f"{error.value}" and not (tmp_path / "run").exists()
 
 
-def test_stories_need_a_memory():
+def test_stories_need_a_decoder():
     from hippocampus.config_files import defaults, load_config
 
-    with pytest.raises(ConfigError, match="no persistent memory"):
+    with pytest.raises(ConfigError, match="no pretrained decoder"):
         load_config(defaults("hybrid"), {"data.form": "stories"})
 
 

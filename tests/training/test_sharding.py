@@ -32,7 +32,7 @@ SCRIPT = Path(eight_devices.__file__)
 MESHES = {"data=8": ("attention", (8, 1, 1, 1)),
           "fsdp=2 tensor=2 sequence=2": ("everything", (1, 2, 2, 2)),
           "of an equilibrium": ("equilibrium", (1, 2, 2, 2)),
-          "of a chopt": ("chopt", (4, 2, 1, 1))}
+          "of a chopt": ("chopt", (4, 2, 1, 1)), "of a buu": ("buu_packed", (2, 4, 1, 1))}
 SIZES = (1, 2, 4, 8)
 EVERY_SHAPE = [axes for axes in itertools.product(SIZES, repeat=4) if math.prod(axes) in (2, 4, 8)]
 SHAPES_OF_PACKED = [(1, 1, 8, 1), (1, 1, 1, 8), (1, 2, 2, 2), (2, 2, 2, 1), (2, 2, 1, 2),
@@ -100,6 +100,15 @@ def test_memories_are_spread_by_user(found):
     for name, (whole, shard) in kept.items():
         assert shard * 8 == whole, name
     assert not any("backbone" in name for name in shards)  # which is not trained
+
+
+def test_adapters_are_sharded_and_a_frozen_decoder_has_no_moments(found):
+    shards = found["of a buu"]["shards"]
+    assert not any("backbone" in name for name in shards)
+    for part in ("params", "ema", "mu"):
+        for name in ("ssm/in/kernel", "memory/key_slots", "out/kernel"):
+            whole, shard = shards[f"{part}/adapters/layers_1/{name}"]
+            assert whole == 4 * shard, name
 
 
 @pytest.mark.parametrize(("mesh", "shard"), [

@@ -3,7 +3,8 @@
 A suite is a module with a TITLE and `run(probe) -> SuiteResult`; it raises `SkipSuite` where the
 model has not what it looks at. Without FAMILIES, a tuple, it is for every family of models. The
 suite "memory" takes a `StoryProbe` (hippocampus.probing.memory.opening), which has stories in place
-of windows; hippocampus.probing.command tells them apart.
+of windows, and "buu" an `AdapterProbe` (hippocampus.probing.adapters.opening), which has queries
+and controls beside them; hippocampus.probing.command tells them apart.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from hippocampus.probing.results import SuiteResult
 SUITES = {name: f"hippocampus.probing.suites.{name}" for name in (
     "paths", "shuffle", "segments", "controller", "gates", "hopfield", "ssm", "energy", "tokens",
     "attention", "lens", "flow", "recall", "equilibrium", "energy_landscape",
-    "associative_recall", "continual", "memory")}
+    "associative_recall", "continual", "memory", "buu")}
 """Modules by name, in the order of running and showing."""
 
 
