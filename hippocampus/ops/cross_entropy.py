@@ -38,6 +38,7 @@ _FUSED_TOKENS = 8192
 _TILE = 128
 """Tokens in a tile of a matrix product: a chunk has whole tiles where it has that many."""
 _ROWS = ("data", "fsdp")
+_SPREAD = "fsdp"
 _TIME = "sequence"
 
 
@@ -185,16 +186,31 @@ def _one_pass_forward(settings: Settings, head: Head, hidden: Array,
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(axis for axis in (*_ROWS, _TIME) if mesh.shape.get(axis, 1) > 1)
     low = dataclasses.replace(head, weight_VD=head.weight_VD.astype(hidden.dtype))
+    # Where parameters are spread, each device needs the sum of its own columns alone.
+    spread = _SPREAD in axes and head.weight_VD.shape[1] % mesh.shape[_SPREAD] == 0
+
+    def summed(d_head: Head) -> Head:
+        table = d_head.weight_VD
+        if spread:
+            table = jax.lax.psum_scatter(table, _SPREAD, scatter_dimension=1, tiled=True)
+        others = tuple(axis for axis in axes if not (spread and axis == _SPREAD))
+        rest = jax.lax.psum(dataclasses.replace(d_head, weight_VD=None), axes)
+        return dataclasses.replace(
+            rest, weight_VD=jax.lax.psum(table, others) if others else table)
 
     def own(head: Head, hidden: Array, targets: Array, weight: Array) -> tuple:
         per_token, d_hidden, d_head = _gradients(settings, head, hidden, targets, weight)
-        return per_token, d_hidden, jax.lax.psum(d_head, axes) if axes else d_head
+        return per_token, d_hidden, summed(d_head) if axes else d_head
 
     if axes:
+        whole = PartitionSpec()
         tokens = PartitionSpec(tuple(axis for axis in _ROWS if axis in axes),
                                _TIME if _TIME in axes else None)
-        own = jax.shard_map(own, in_specs=(PartitionSpec(), tokens, tokens, tokens),
-                            out_specs=(tokens, tokens, PartitionSpec()),
+        columns = dataclasses.replace(
+            jax.tree.map(lambda _: whole, head),
+            weight_VD=PartitionSpec(None, _SPREAD) if spread else whole)
+        own = jax.shard_map(own, in_specs=(whole, tokens, tokens, tokens),
+                            out_specs=(tokens, tokens, columns),
                             axis_names=set(axes), check_vma=False)
     (loss, terms), d_hidden, d_head = own(low, hidden, targets, weight)
     d_head = jax.tree.map(lambda gradient, a: gradient.astype(a.dtype), d_head, head)
