@@ -108,7 +108,8 @@ def _value(node: ast.expr, source: str, depth: int) -> Fraction:
             first = first.left
         value = _value(first, source, depth + 1)
         for one in reversed(chain):
-            value = _bounded(_OPERATIONS[type(one.op)](value, _value(one.right, source, depth + 1)))
+            other = _value(one.right, source, depth + 1)
+            value = _bounded(Fraction(_OPERATIONS[type(one.op)](value, other)))
         return value
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
         values = [_value(argument, source, depth + 1) for argument in node.args]
