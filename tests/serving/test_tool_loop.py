@@ -176,7 +176,7 @@ def test_the_format_goes_by_the_marks_that_the_tokenizer_has(lm):
 
 def test_a_list_gives_each_text_as_it_is_alone_and_a_summary(lm, box):
     prompts = ["one", "another one"]
-    settings = {"tools": box, "max_new_tokens": 24, "temperature": 1.0, "seed": 4,
+    settings = {"tools": box, "max_new_tokens": 8, "temperature": 1.0, "seed": 4,
                 "constrain": False}
     found = lm.generate_with_tools(prompts, **settings)
     alone = [lm.generate_with_tools(prompt, **settings) for prompt in prompts]
@@ -184,7 +184,7 @@ def test_a_list_gives_each_text_as_it_is_alone_and_a_summary(lm, box):
     summary = found.summary
     assert (summary.texts, summary.tokens) == (2, sum(one.written for one in alone))
     assert summary.tokens_per_second > 0
-    assert all(one.written <= 24 for one in found)
+    assert all(one.written <= 8 for one in found)
 
 
 # ---------------------------------------------------------------- constrained calls
@@ -212,13 +212,13 @@ def sums():
 def test_every_result_of_a_constrained_call_is_the_exact_value_of_its_expression(lm, sums):
     pytest.importorskip("llguidance")
     found = lm.generate_with_tools(
-        ["Compute."] * 12, tools=sums, require_call=True, constrain=True, temperature=1.5,
-        seed=list(range(12)), max_new_tokens=80)
+        ["Compute."] * 6, tools=sums, require_call=True, constrain=True, temperature=1.5,
+        seed=list(range(6)), max_new_tokens=80)
     firsts = [(one.tool_calls[0], one.tool_responses[0]) for one in found if one.tool_calls]
-    assert len(firsts) == 12
+    assert len(firsts) == 6
     for made, answer in firsts:
         expression = made.arguments["expression"]
         assert re.fullmatch(SUM, expression) and answer.ok
         value = eval(re.sub(r"\d+", r"Fraction(\g<0>)", expression), {"Fraction": Fraction})
         assert Fraction(answer.output) == value
-    assert len({made.content for made, _ in firsts}) > 6
+    assert len({made.content for made, _ in firsts}) > 3
