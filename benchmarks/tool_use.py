@@ -53,7 +53,7 @@ def main():
         for kind, one in found.items():
             table.add_row(kind, tools, str(one.n), f"{one.answered:.1%}",
                           "" if tools == "none" else f"{one.selected:.1%}",
-                          "" if tools == "none" else f"{one.exact:.1%}")
+                          "" if one.exact != one.exact else f"{one.exact:.1%}")
     console = Console()
     console.print(f"{flags.model.name}, {style.name}, {jax.devices()[0].device_kind}, jax "
                   f"{jax.__version__}, constrained: {is_installed() and not flags.no_constrain}")

@@ -28,7 +28,7 @@ class ToolFormat:
     """The marks of one family.
 
     Attributes:
-      name: "hermes", "llama3" or "gemma".
+      name: one of `FORMATS`.
       system, user, tool: (before, behind) a turn of this role; a system turn of ("", "") stands
         at the head of the user's.
       assistant: what the model's turn begins with.
@@ -132,8 +132,8 @@ HERMES = ToolFormat(
     "hermes", ("<|im_start|>system\n", "<|im_end|>\n"), ("<|im_start|>user\n", "<|im_end|>\n"),
     ("<|im_start|>user\n", "<|im_end|>\n"), "<|im_start|>assistant\n", "<|im_end|>\n",
     "<tool_call>", "</tool_call>", ("<tool_response>\n", "\n</tool_response>"))
-PLAIN = dataclasses.replace(HERMES, system=("", ""), user=("", "\n"), tool=("", "\n"),
-                            assistant="", close="\n")
+PLAIN = dataclasses.replace(HERMES, name="plain", system=("", ""), user=("", "\n"),
+                            tool=("", "\n"), assistant="", close="\n")
 LLAMA3 = ToolFormat(
     "llama3", ("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
     ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
