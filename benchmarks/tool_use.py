@@ -3,7 +3,8 @@
     python benchmarks/tool_use.py --model=FOLDER [--n=50] [--require_call] [--no_constrain]
 
 FOLDER is a run, an export, or a pretrained decoder with its tokenizer. The same questions are put
-without tools, with the built-in tools, and the two kinds of question have a row each.
+without tools, with the built-in tools, and the two kinds of question have a row each. A learned
+head, which chooses a tool from the hidden state of the question, stands beside the calls.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -20,6 +22,7 @@ from hippocampus.runs.run_folder import RunFolder
 from hippocampus.serving.call_grammar import is_installed
 from hippocampus.serving.tool_config import ToolServer
 from hippocampus.serving.tool_formats import format_of
+from hippocampus.serving.tool_head import ToolHead, calibration_error
 from hippocampus.serving.tool_questions import questions, score
 
 
@@ -59,6 +62,19 @@ def main():
                   f"{jax.__version__}, constrained: {is_installed() and not flags.no_constrain}")
     console.print(table)
     console.print(str(batch.summary))
+    head, p_NK, labels = learned_head(lm, asked, flags)
+    right = float((p_NK.argmax(1) == labels).mean())
+    console.print(f"learned head, {2 * flags.n} other questions to learn from: right tool "
+                  f"{right:.1%}, calibration error {calibration_error(p_NK, labels):.3f}, "
+                  f"temperature {head.temperature:.2f}")
+
+
+def learned_head(lm, asked, flags):
+    """A head that has learned from other questions, and what it says of these."""
+    others, _ = questions(flags.n, flags.seed + 1)
+    head = ToolHead.fit(lm, [one.text for one in others], [one.tools[0] for one in others])
+    labels = np.array([head.tools.index(one.tools[0]) for one in asked])
+    return head, head.probabilities(lm, [one.text for one in asked]), labels
 
 
 def is_run(folder):

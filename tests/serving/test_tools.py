@@ -166,6 +166,13 @@ def test_a_call_that_may_not_be_made_is_not_made(tools, name, arguments, failure
     assert found.output and "\n" not in found.output and len(found.output) < 300
 
 
+def test_arguments_of_many_characters_are_not_sent(folder):
+    with Toolbox(ToolServer("own", ["calculate"], folder=folder), QUICK) as tools:
+        assert tools.call("calculate", {"expression": "1" + "+1" * 80}).output == "81"
+        found = tools.call("calculate", {"expression": "1" + "+1" * 100})
+        assert found.failure == "arguments" and "at most 200 are sent" in found.output
+
+
 @pytest.mark.parametrize("way", ["die", "flood"])
 def test_a_server_that_dies_or_floods_is_reported_and_leaves_nothing(way):
     before = children()
