@@ -51,7 +51,7 @@ def test_what_is_hostile_or_has_no_value_ends_in_one_line_at_once(hostile):
     with pytest.raises(ConfigError) as caught:
         calculate(hostile)
     assert caught.value.message and "\n" not in str(caught.value) and len(str(caught.value)) < 300
-    assert time.perf_counter() - start < 0.5
+    assert time.perf_counter() - start < 2
 
 
 def test_a_number_as_large_as_allowed_is_computed_and_written():

@@ -18,7 +18,7 @@ pytest.importorskip("mcp", reason="the extra [tools] is not installed")
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-QUICK = ToolLimits(timeout_s=1.0, output_characters=500, argument_characters=200,
+QUICK = ToolLimits(timeout_s=2.0, output_characters=500, argument_characters=200,
                    message_bytes=2**20)
 
 
@@ -144,7 +144,7 @@ def test_a_tool_that_never_answers_is_left_and_the_next_call_works(tools):
     start = time.perf_counter()
     found = tools.call("endless", {})
     assert (found.ok, found.failure) == (False, "timeout")
-    assert 0.9 < time.perf_counter() - start < 4
+    assert 1.9 < time.perf_counter() - start < 10
     assert tools.call("process", {}).ok
 
 
