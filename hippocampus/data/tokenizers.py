@@ -174,6 +174,12 @@ class Tokenizer:
         """How many ids a model has to know: the highest id plus one."""
         return max(self._vocabulary.values(), default=-1) + 1
 
+    def ids_with(self, character: str) -> tuple[int, ...]:
+        """The ids whose text has a character of ASCII, those that stand for its byte included."""
+        byte = f"<0x{ord(character):02X}>"
+        return tuple(sorted(index for token, index in self._vocabulary.items()
+                            if character in token or token == byte))
+
     def encode(self, text: str) -> Int32[np.ndarray, " T"]:
         """Turn a text into ids, adding no special tokens.
 

@@ -94,14 +94,33 @@ def start(model: Any, variables: Any, prompts: Sequence[Int[np.ndarray, " n"]], 
     Returns:
       The state from which `write` draws the first token.
     """
-    lengths = np.array([len(prompt) for prompt in prompts])
-    tokens = np.zeros((len(prompts), lengths.max()), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[:len(prompt)] = prompt
+    longest = max(map(len, prompts))
     state = _empty(model, variables, len(prompts), max_length, passes)
     if memory is not None:  # a copy, because the state is used up
         state = dataclasses.replace(
             state, cache=state.cache.replace(memory=jax.tree.map(jnp.array, memory)))
+    return read(model, variables, state, prompts, skip=skip) if longest else state
+
+
+def read(model: Any, variables: Any, state: DecodeState,
+         texts: Sequence[Int[np.ndarray, " n"]], *, skip: bool = False) -> DecodeState:
+    """Reads further tokens of the rows, from where each of them stands.
+
+    Args:
+      model: an unbound model.
+      variables: from `decode_variables` of the model.
+      state: from `start`, `write` or the last call; it is used up.
+      texts: ids of each row; a row that gets some is no longer done, one without any stays as it
+        is.
+      skip: as for `start`.
+
+    Returns:
+      The state from which `write` draws the next token.
+    """
+    lengths = np.array([len(text) for text in texts])
+    tokens = np.zeros((len(texts), lengths.max()), np.int32)
+    for row, text in zip(tokens, texts, strict=True):
+        row[:len(text)] = text
     for begin, size in _chunks(int(lengths.max())):
         chunk = tokens[:, begin:begin + size]
         chunk = np.pad(chunk, ((0, 0), (0, size - chunk.shape[1])))

@@ -204,6 +204,16 @@ class LanguageModel(Monitored):
         """
         return self.generate(prompt, stream=True, **settings)
 
+    def generate_with_tools(self, prompt: str | Sequence[str], *, tools: Any,
+                            **settings: Any) -> Any:
+        """Continues a text, and may call tools on the way.
+
+        Args, Returns, Raises: see `hippocampus.serving.tool_loop.generate_with_tools`.
+        """
+        from hippocampus.serving.tool_loop import generate_with_tools
+
+        return generate_with_tools(self, prompt, tools=tools, **settings)
+
     @overload
     def remember(self, text: str, *, memory: Memory) -> Remembered: ...  # type: ignore[overload-overlap]
     @overload

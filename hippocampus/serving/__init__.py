@@ -1,0 +1,1 @@
+"""What stands between a model and the world: tools over the Model Context Protocol (MCP)."""

@@ -1,0 +1,52 @@
+"""The head learns from hidden states which tool a prompt needs, and knows how sure it is."""
+
+import numpy as np
+import pytest
+from tool_models import language_model
+
+from hippocampus.errors import ConfigError
+from hippocampus.serving.tool_head import NO_TOOL, ToolHead, calibration_error, last_states
+from hippocampus.serving.tool_questions import questions
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+@pytest.fixture(scope="module")
+def asked():
+    found, _ = questions(24)
+    order = np.random.default_rng(0).permutation(len(found))
+    return [found[i].text for i in order], [found[i].tools[0] for i in order]
+
+
+def test_the_head_tells_prompts_apart_that_it_has_not_seen(asked):
+    lm, (texts, tools) = language_model(), asked
+    head = ToolHead.fit(lm, texts[:32], tools[:32])
+    assert head.choose(lm, texts[32:]) == tools[32:]
+    p_NK = head.probabilities(lm, texts[32:])
+    np.testing.assert_allclose(p_NK.sum(1), 1)
+    shuffled = ToolHead.fit(lm, texts[:32], list(np.random.default_rng(1).permutation(tools[:32])))
+    wrong = shuffled.choose(lm, texts[32:])
+    assert np.mean([a == b for a, b in zip(wrong, tools[32:], strict=True)]) < 0.9
+    shy = ToolHead(**{**vars(head), "threshold": 1.0, "temperature": 100.0})
+    assert set(shy.choose(lm, texts[32:])) == {NO_TOOL}
+
+
+def test_a_state_is_of_the_last_token_whatever_is_padded():
+    lm = language_model()
+    text = "What is 1?"
+    short, _ = last_states(lm, [text, text + " And this is longer than one window of them."])
+    hidden = lm.run_with_cache(text, names="*")[1]
+    assert any(value.shape[-1:] == short.shape and np.allclose(value.reshape(-1, short.size)[-1],
+                                                               short, atol=1e-5)
+               for value in hidden.values())
+
+
+def test_confidence_that_is_kept_has_no_error_and_boasting_has():
+    p = np.array([[0.75, 0.25]] * 4)
+    assert calibration_error(p, np.array([0, 0, 0, 1])) == pytest.approx(0)
+    assert calibration_error(p, np.array([1, 1, 1, 1])) == pytest.approx(0.75)
+
+
+def test_too_little_to_learn_from_is_refused():
+    with pytest.raises(ConfigError, match="prompts and"):
+        ToolHead.fit(language_model(), ["a"] * 4, ["b"] * 3)
