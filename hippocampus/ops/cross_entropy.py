@@ -190,13 +190,13 @@ def _one_pass_forward(settings: Settings, head: Head, hidden: Array,
     spread = _SPREAD in axes and head.weight_VD.shape[1] % mesh.shape[_SPREAD] == 0
 
     def summed(d_head: Head) -> Head:
-        table = d_head.weight_VD
-        if spread:
-            table = jax.lax.psum_scatter(table, _SPREAD, scatter_dimension=1, tiled=True)
-        others = tuple(axis for axis in axes if not (spread and axis == _SPREAD))
-        rest = jax.lax.psum(dataclasses.replace(d_head, weight_VD=None), axes)
+        if not spread:
+            return jax.lax.psum(d_head, axes)
+        columns = jax.lax.psum_scatter(d_head.weight_VD, _SPREAD, scatter_dimension=1, tiled=True)
+        others = tuple(axis for axis in axes if axis != _SPREAD)
+        rest = jax.lax.psum(dataclasses.replace(d_head, weight_VD=jnp.zeros(())), axes)
         return dataclasses.replace(
-            rest, weight_VD=jax.lax.psum(table, others) if others else table)
+            rest, weight_VD=jax.lax.psum(columns, others) if others else columns)
 
     def own(head: Head, hidden: Array, targets: Array, weight: Array) -> tuple:
         per_token, d_hidden, d_head = _gradients(settings, head, hidden, targets, weight)
