@@ -148,3 +148,13 @@ def test_adapters_in_a_frozen_gemma3n_fit(shape, parameters):
     # The decoder in bfloat16 and the adapters' weights and moments, shared out over eight.
     assert found["state_bytes"] < 1.1 * (2 * parameters + 3 * 4 * 65.6e6) / 8
     assert found["fits"] is True
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_a_memory_behind_a_frozen_llama_of_3b_fits_four_chips():
+    found = planned("configs/chopt_llama32_3b.py", "v4:2x2x1", timeout=3500)
+    assert found["parameters"] == pytest.approx(3.23e9, rel=0.01)
+    # The decoder in bfloat16, and what is trained with its moments, shared out over four.
+    assert found["state_bytes"] < 1.2 * 2 * found["parameters"] / 4
+    assert found["fits"] is True
