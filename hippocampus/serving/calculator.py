@@ -167,4 +167,5 @@ _FUNCTIONS: dict[str, tuple[int, int, Callable[..., Fraction | int]]] = {
     "abs": (1, 1, abs), "ceil": (1, 1, math.ceil), "floor": (1, 1, math.floor),
     "gcd": (2, 8, lambda *values: math.gcd(*map(_whole, values))),
     "lcm": (2, 8, lambda *values: math.lcm(*map(_whole, values))),
-    "max": (1, 99, max), "min": (1, 99, min), "round": (1, 2, _round)}
+    "max": (1, 99, lambda *values: max(values)), "min": (1, 99, lambda *values: min(values)),
+    "round": (1, 2, _round)}

@@ -175,6 +175,8 @@ class Toolbox:
         if not isinstance(arguments, dict):
             return "arguments", f"the arguments of {name} are no object"
         try:
+            # Half a surrogate pair, once in a pipe's writer, would end the connection for good.
+            json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode()
             size = len(json.dumps(arguments))
         except (TypeError, ValueError, RecursionError):
             return "arguments", f"the arguments of {name} are no JSON"
@@ -329,11 +331,11 @@ def _schema_problem(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> 
 
     kind = jsonschema.validators.extend(
         jsonschema.Draft202012Validator, {"pattern": None, "patternProperties": None})
-    properties = schema.get("properties", {})
-    unknown = [name for name in arguments if name not in properties]
-    if unknown and not schema.get("additionalProperties"):
-        return f"there is no argument {unknown[0][:40]!r}"
     try:
+        properties = schema.get("properties", {})
+        unknown = [name for name in arguments if name not in properties]
+        if unknown and not schema.get("additionalProperties"):
+            return f"there is no argument {unknown[0][:40]!r}"
         error = next(kind(schema, registry=referencing.Registry()).iter_errors(arguments), None)
     except Exception as problem:  # a schema that is none, refers elsewhere, or to itself
         return f"its schema cannot be checked: {type(problem).__name__}"

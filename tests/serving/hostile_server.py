@@ -43,6 +43,11 @@ def make():
         return ""
 
     @server.tool(structured_output=False)
+    def take(text: str, number: float = 0) -> str:
+        """Takes what it is given."""
+        return f"{len(text)} {number}"
+
+    @server.tool(structured_output=False)
     def process() -> str:
         """Its id."""
         return str(os.getpid())

@@ -166,6 +166,16 @@ def test_a_call_that_may_not_be_made_is_not_made(tools, name, arguments, failure
     assert found.output and "\n" not in found.output and len(found.output) < 300
 
 
+@pytest.mark.parametrize("arguments", [
+    {"text": "a\ud800"}, {"text": "", "\udfff": 1}, {"text": "", "number": float("nan")},
+    {"text": "", "number": float("-inf")}])
+def test_what_json_cannot_carry_is_not_sent_and_the_server_stays(tools, arguments):
+    found = tools.call("take", arguments)
+    assert (found.ok, found.failure) == (False, "arguments") and "\n" not in found.output
+    found = tools.call("take", {"text": "\U0001f600", "number": 2.5})
+    assert (found.ok, found.output) == (True, "1 2.5")
+
+
 def test_arguments_of_many_characters_are_not_sent(folder):
     with Toolbox(ToolServer("own", ["calculate"], folder=folder), QUICK) as tools:
         assert tools.call("calculate", {"expression": "1" + "+1" * 80}).output == "81"
@@ -224,7 +234,8 @@ def test_an_answer_over_http_that_is_too_long_is_not_read(port):
 
 @pytest.mark.parametrize("schema", [
     {"$ref": "http://127.0.0.1:9/schema"}, {"$ref": "#"}, {"$ref": "file:///etc/passwd"},
-    {"type": 3}, {"properties": {"a": {"$ref": "#/properties/a"}}}])
+    {"type": 3}, {"properties": {"a": {"$ref": "#/properties/a"}}}, {"properties": None},
+    {"properties": 3, "additionalProperties": False}])
 def test_a_hostile_schema_fetches_nothing_and_ends(schema):
     start = time.perf_counter()
     assert "\n" not in _schema_problem({"a": "a" * 40 + "!"},
