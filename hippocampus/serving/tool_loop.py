@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hippocampus.errors import ConfigError
+from hippocampus.errors import ConfigError, DataError
 from hippocampus.generation import decode
 from hippocampus.generation.generate import Request, check_seeds
 from hippocampus.serving.call_grammar import CallGrammar, is_installed
@@ -252,14 +252,24 @@ class _Text:
             self.finish = "length"
             return
         self.finish = ""  # the id behind the call may have been one that ends a turn
-        ids = encode_segments(self.lm.tokenizer, self.writer.style.answer(
-            response, self.writer.tags), first=False)
+        ids = self._heard(response)
         if len(ids) >= self._room:
             self.finish = "length"
             return
         self.steps.append(self._step("response", ids))
         self._read([*self._unread, *ids.tolist()])
         self._room -= len(ids)
+
+    def _heard(self, response: ToolResponse) -> np.ndarray:
+        """The ids of an answer, without the characters that the tokenizer does not know."""
+        tokenizer, style, tags = self.lm.tokenizer, self.writer.style, self.writer.tags
+        try:
+            return encode_segments(tokenizer, style.answer(response, tags), first=False)
+        except DataError:
+            unknown = {one for one in set(response.output) if not _is_known(one, tokenizer)}
+            known = "".join(one for one in response.output if one not in unknown)
+            return encode_segments(tokenizer, style.answer(
+                dataclasses.replace(response, output=known), tags), first=False)
 
     def result(self, seconds: float) -> ToolText:
         """The whole, when it is finished."""
@@ -314,3 +324,11 @@ class _Text:
     def _step(self, kind: Any, ids: Sequence[int] | np.ndarray) -> Step:
         ids = [int(index) for index in ids]
         return Step(kind, self.lm.tokenizer.decode(ids), tuple(ids))
+
+
+def _is_known(character: str, tokenizer: Any) -> bool:
+    try:
+        encode_segments(tokenizer, [(character, False)], first=False)
+    except DataError:
+        return False
+    return True

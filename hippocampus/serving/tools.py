@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import itertools
 import json
 import logging
 import re
@@ -29,6 +30,8 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _LONGEST_DESCRIPTION = 1000
 _LARGEST_SCHEMA = 20_000
 _MOST_PAGES = 20
+_MOST_REFERENCES = 1000
+"""That the check of one call's arguments follows in a schema."""
 _PATIENCE_S = 10.0
 """Seconds that servers have to end, before they are left behind."""
 
@@ -329,8 +332,21 @@ def _schema_problem(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> 
     import jsonschema
     import referencing
 
-    kind = jsonschema.validators.extend(
-        jsonschema.Draft202012Validator, {"pattern": None, "patternProperties": None})
+    plain, followed = jsonschema.Draft202012Validator, itertools.count(1)
+
+    def counted(keyword: str) -> Any:
+        follow = plain.VALIDATORS[keyword]
+
+        def check(*arguments: Any) -> Any:
+            if next(followed) > _MOST_REFERENCES:  # each may hold two of the next, and so on
+                raise RecursionError
+            return follow(*arguments)
+
+        return check
+
+    kind = jsonschema.validators.extend(plain, {
+        "pattern": None, "patternProperties": None,
+        **{keyword: counted(keyword) for keyword in ("$ref", "$dynamicRef")}})
     try:
         properties = schema.get("properties", {})
         unknown = [name for name in arguments if name not in properties]

@@ -243,6 +243,15 @@ def test_a_hostile_schema_fetches_nothing_and_ends(schema):
     assert time.perf_counter() - start < 2
 
 
+def test_a_schema_whose_references_double_at_every_level_ends():
+    levels = {f"l{n}": {"allOf": [{"$ref": f"#/$defs/l{n + 1}"}] * 2} for n in range(40)}
+    schema = {"properties": {"a": {"$ref": "#/$defs/l0"}},
+              "$defs": {**levels, "l40": {"type": "string"}}}
+    start = time.monotonic()
+    assert "cannot be checked" in _schema_problem({"a": "x"}, schema)
+    assert time.monotonic() - start < 10
+
+
 def test_a_pattern_of_a_schema_is_not_run():
     schema = {"properties": {"a": {"type": "string", "pattern": "^(a+)+$"}}}
     start = time.perf_counter()
