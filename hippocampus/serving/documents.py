@@ -216,8 +216,9 @@ def _files(folder: Path) -> list[tuple[str, bytes]]:
                 if name.startswith(".") or not name.lower().endswith(SUFFIXES):
                     continue
                 content = _content(name, handle)
-                if content is not None:
-                    found.append((os.path.relpath(os.path.join(here, name), root), content))
+                if content is not None:  # a name that is no text would end a server's pipe
+                    path = os.fsencode(os.path.relpath(os.path.join(here, name), root))
+                    found.append((path.decode("utf-8", "replace"), content))
     except OSError as error:
         raise DataError(f"the folder {folder} cannot be read: {error.strerror}",
                         "--folder names a folder of text files") from None

@@ -89,3 +89,10 @@ def test_a_folder_that_is_none_or_too_large_is_refused(folder, tmp_path, monkeyp
     monkeypatch.setattr(documents, "LARGEST_FOLDER", 100)
     with pytest.raises(DataError, match="more than"):
         Documents.read(folder)
+
+
+def test_a_file_whose_name_is_no_text_gets_one(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("a cafe by the sea")
+    found = Documents.read(tmp_path).search("cafe")[0]
+    assert found.document == "caf\ufffd.txt"
+    found.document.encode()
