@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hippocampus.config_buu import BuuConfig as BuuConfig
-from hippocampus.config_chopt import BackboneConfig as BackboneConfig
 from hippocampus.config_chopt import CHopTConfig as CHopTConfig
-from hippocampus.config_chopt import LoRAConfig as LoRAConfig
+from hippocampus.config_decoder import BackboneConfig as BackboneConfig
+from hippocampus.config_decoder import LoRAConfig as LoRAConfig
 from hippocampus.config_equilibrium import EquilibriumConfig as EquilibriumConfig
 from hippocampus.config_equilibrium import EquilibriumLossConfig as EquilibriumLossConfig
 from hippocampus.config_fields import count, group, setting

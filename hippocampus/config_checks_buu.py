@@ -35,10 +35,6 @@ def check_buu(config: Config, model: BuuConfig) -> None:
         raise ConfigError(f"model.adapters.gate_bias = {adapters.gate_bias:g}, and "
                           "model.adapters.mix is residual", "it says nothing at first without: the "
                           "bias belongs to model.adapters.mix=interpolate")
-    if adapters.memory.top_k > adapters.memory.slots:
-        raise ConfigError(f"model.adapters.memory.top_k = {adapters.memory.top_k} of "
-                          f"model.adapters.memory.slots = {adapters.memory.slots}",
-                          "0 reads all of them")
     if config.mesh.sequence > 1:
         raise ConfigError(f"mesh.sequence = {config.mesh.sequence} for model.family = buu",
                           "share out rows: mesh.data or mesh.fsdp")

@@ -1,72 +1,21 @@
-"""The fields of CHopT: a pretrained decoder, how it is trained, and the memory behind it."""
+"""The fields of CHopT: a pretrained decoder and the memory behind it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hippocampus.config_decoder import DecoderModelConfig
 from hippocampus.config_fields import count, group, setting
 from hippocampus.config_memory import MemoryConfig
 
-TRAINED = ("none", "lora", "full")
-"""What of a decoder is trained: nothing, adapters beside its matrices, or all of it."""
-
 
 @dataclass(frozen=True)
-class BackboneConfig:
-    """A pretrained decoder."""
-
-    path: str = setting("", "its files: a folder with config.json and safetensors, a .gguf, or a "
-                        "llama2.c .bin")
-    architecture: str = setting("", "what it is without its weights, as JSON; empty = as its files "
-                                "say")
-    end_ids: tuple[int, ...] = setting((), "ids that end a text; empty = as its files say", low=0,
-                                       high=2**31 - 1)
-    train: str = setting("none", "none: as it is; lora: adapters beside its matrices; full: all of "
-                         "it", choices=TRAINED)
-    dtype: str = setting("auto", "of its parameters while they are not trained; trained ones are "
-                         "float32", choices=("auto", "float32", "bfloat16"))
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """Low-rank adapters (hippocampus.layers.lora), with `backbone.train` = lora."""
-
-    rank: int = count(8, "rank r of an adapter", high=65_536)
-    alpha: float = setting(16.0, "the term is scaled by alpha / r", above=0, high=1e6)
-    dropout: float = setting(0.0, "chance that an input of the term is zeroed while training",
-                             low=0, below=1)
-    rslora: bool = setting(False, "scale by alpha / sqrt(r) instead")
-    targets: tuple[str, ...] = setting(
-        ("layers_*.attention.*", "layers_*.mlp.*"), "globs over the names of linear layers that "
-        "get an adapter; a star stands for dots too")
-
-
-@dataclass(frozen=True)
-class CHopTConfig:
+class CHopTConfig(DecoderModelConfig):
     """A pretrained decoder with a Hopfield memory after its last block."""
 
     family: str = setting("chopt", "model family", choices=("chopt",))
-    vocab_size: int = count(256, "token ids; training replaces it by the tokenizer's size",
-                            low=2, high=16_777_216)
-    compute_dtype: str = setting("auto", "dtype of matrix products; parameters stay as they are",
-                                 choices=("auto", "float32", "bfloat16"))
-    backbone: BackboneConfig = group(BackboneConfig)
-    lora: LoRAConfig = group(LoRAConfig)
     memory: MemoryConfig = group(MemoryConfig)
     chunk: int = count(0, "tokens that attention sees at once, after which the memory is written; "
                        "gradients run through the chunks of data.context; 0 = data.context", low=0,
                        high=16_777_216)
-    backend: str = setting("auto", "attention backend",
-                           choices=("auto", "xla", "cudnn", "flash"))
-    remat: str = setting("none", "what the backward pass computes again: nothing, all but matrix "
-                         "products, or all", choices=("none", "dots", "full"))
     scan_layers: bool = setting(True, "compile equal layers once")
-
-    @property
-    def passes(self) -> int:
-        """Reasoning passes: one."""
-        return 1
-
-    def longest_row(self, context: int) -> int | None:
-        """Tokens that a row can have: any number."""
-        return None
