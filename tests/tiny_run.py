@@ -1,5 +1,6 @@
 """A run that trains in seconds, shared by the tests of what is done before, in and after one."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -231,3 +232,12 @@ def assert_same_run(workdir: Path, other: Path) -> None:
     assert results[0] == results[1]
     texts = [(place / "samples" / "best.txt").read_text() for place in (workdir, other)]
     assert texts[0] == texts[1]
+
+
+def fit_quietly(config: Any, folder: Path) -> Path:
+    """Trains in this process; what it prints goes into "printed" beside the run folder."""
+    from hippocampus.training.loop import fit
+
+    folder.parent.mkdir(exist_ok=True)
+    with (folder.parent / "printed").open("w") as printed, contextlib.redirect_stdout(printed):
+        return fit(config, folder)

@@ -1,6 +1,5 @@
 """Whole runs of a Buu: what is trained, what stays in every bit, going on, and what it costs."""
 
-import contextlib
 import functools
 import importlib
 import json
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_run import fit_quietly
 
 from hippocampus.backbones.architecture import Architecture, LayerSpec, architecture_text
 from hippocampus.backbones.loading import load_backbone, weights_digest
@@ -34,22 +34,10 @@ from hippocampus.training.optimizer import build_optimizer
 from hippocampus.training.sharding import make_mesh
 from hippocampus.training.step import jit_train_step, sharded_init, train_step
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 HALF = 3
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    """Programs run a few times here: XLA need not think long about them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-def quietly(config, folder) -> Path:
-    folder.parent.mkdir(exist_ok=True)
-    with (folder.parent / "printed").open("w") as printed, contextlib.redirect_stdout(printed):
-        return fit(config, folder)
 
 
 def training():
@@ -58,7 +46,7 @@ def training():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    return quietly(training(), tmp_path_factory.mktemp("buu") / "run")
+    return fit_quietly(training(), tmp_path_factory.mktemp("buu") / "run")
 
 
 def assert_untouched(backbone) -> None:
@@ -94,7 +82,7 @@ def test_a_run_goes_on_bit_for_bit(run, tmp_path):
         if step.name.isdecimal() and int(step.name) > HALF:
             shutil.rmtree(step)
     (killed / "results.json").unlink()
-    quietly(training(), killed)
+    fit_quietly(training(), killed)
     for one, other in zip(jax.tree.leaves(load(run).params), jax.tree.leaves(load(killed).params),
                           strict=True):
         assert np.array_equal(one, other)
@@ -142,7 +130,7 @@ def test_the_control_trains_low_rank_adapters_alone():
 def test_questions_about_stories_are_trained_and_scored_beside_a_decoder_of_another_type(tmp_path):
     config = buu_run.config(buu_run.STORIES, model__backbone__dtype="bfloat16", train__steps=2,
                             eval__every_steps=0)
-    folder = quietly(config, tmp_path / "run")
+    folder = fit_quietly(config, tmp_path / "run")
     assert np.isfinite(json.loads((folder / "results.json").read_text())["final/loss"])
     backbone = load(folder, weights="raw").params["backbone"]
     assert_untouched(backbone)

@@ -1,6 +1,5 @@
 """Whole runs of a CHopT: what is trained, what stays, how far gradients reach, and going on."""
 
-import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from chopt_run import CHUNK
+from tiny_run import fit_quietly
 
 import hippocampus.evaluate
 import hippocampus.export
@@ -32,26 +32,14 @@ from hippocampus.training.optimizer import build_optimizer
 from hippocampus.training.sharding import make_mesh
 from hippocampus.training.step import sharded_init, train_step
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 HALF = 3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    """Programs run a few times here: XLA need not think long about them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-def quietly(config, folder) -> Path:
-    folder.parent.mkdir(exist_ok=True)
-    with (folder.parent / "printed").open("w") as printed, contextlib.redirect_stdout(printed):
-        return fit(config, folder)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    return quietly(chopt_run.config(checkpoint__every_steps=HALF, checkpoint__keep_latest=9),
+    return fit_quietly(chopt_run.config(checkpoint__every_steps=HALF, checkpoint__keep_latest=9),
                    tmp_path_factory.mktemp("chopt") / "run")
 
 
@@ -89,7 +77,7 @@ def test_a_run_goes_on_bit_for_bit_with_the_memories_it_carried(run, tmp_path):
         if step.name.isdecimal() and int(step.name) > HALF:
             shutil.rmtree(step)
     (killed / "results.json").unlink()
-    quietly(chopt_run.config(checkpoint__every_steps=HALF, checkpoint__keep_latest=9), killed)
+    fit_quietly(chopt_run.config(checkpoint__every_steps=HALF, checkpoint__keep_latest=9), killed)
     for folder in (run, killed):
         rows = [{name: value for name, value in row.items() if "time" not in name
                  and "per_second" not in name and "mfu" not in name}
@@ -139,7 +127,8 @@ def test_another_decoder_is_refused_and_a_missing_one_is_named(run, tmp_path):
         fit(chopt_run.config(model__backbone__path=str(chopt_run.decoder(1)), train__steps=8),
             moved)
     copy = shutil.copytree(chopt_run.decoder(), tmp_path / "copy")
-    quietly(chopt_run.config(model__backbone__path=str(copy)), moved)  # the same one elsewhere
+    # The same one elsewhere.
+    fit_quietly(chopt_run.config(model__backbone__path=str(copy)), moved)
     config = json.loads((moved / "config.json").read_text())
     assert config["model"]["backbone"]["path"] == str(copy)
     config["model"]["backbone"]["path"] = str(tmp_path / "nowhere")

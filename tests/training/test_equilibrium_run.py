@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import jax
 import pytest
 import tiny_run
 from test_kill import kill_and_finish, usual_seconds_of_a_save
@@ -27,6 +26,8 @@ from hippocampus.training import equilibrium, loop
 from hippocampus.training.loop import fit
 from hippocampus.training.run import Run
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 STEPS, HALF = 6, 4
 RUN: dict[str, Any] = {
     "model__family": "equilibrium", "train__steps": STEPS, "train__grad_accumulation": 2,
@@ -40,14 +41,6 @@ RUN: dict[str, Any] = {
     "checkpoint__every_steps": 2, "checkpoint__keep_latest": 100, "sample__max_new_tokens": 2}
 """Random numbers, what is carried and the curriculum: all that a resumed run must not lose, on a
 model that compiles fast."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    """Programs run a few times here: XLA need not think long about them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ from hippocampus.training.optimizer import build_optimizer, path_name
 from hippocampus.training.state import TrainState, init_state
 from hippocampus.training.step import train_step
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 # No state space: what compiles fast. No token converges to 1e-8 in three sweeps, but before the
 # curriculum is over, at step 3, no step is left out for that. A large epsilon, because Adam's root
 # would blow up the last bits of tiny gradients.
@@ -26,14 +28,6 @@ FAST: dict[str, Any] = {
     "model__solver__tol_fixedpoint": 1e-8, "model__solver__on_expansion": "skip",
     "model__solver__ramp_fraction": 0.25, "data__order": "streams", "ema__decay": 0.0,
     "optimizer__epsilon": 1.0, "optimizer__clip_norm": 0.0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    """Programs run a few times here: XLA need not think long about them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache
