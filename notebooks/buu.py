@@ -239,6 +239,6 @@ print("all of it, on one page:", page)
 #
 # - **A real decoder**: set `backbone`; the configs `buu_…` are experiments of this kind.
 # - **Your own queries**: `queries`, a file of JSON lines with category, prompt and answer.
-# - **Your own intervention**: `hippocampus.generation.adapter_controls.enabled(lm, [layer])` gives
+# - **Your own intervention**: `hippocampus.probing.adapters.controls.enabled(lm, [layer])` gives
 #   arrays for `lm.model.apply(…, method="forward", interventions=…)`.
 # - `docs/buu_monitors.md` says what every number means.

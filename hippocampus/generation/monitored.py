@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hippocampus.generation.adapter_health import HealthReport
-    from hippocampus.generation.adapter_monitors import GateReport, MemoryUsage
+    from hippocampus.probing.adapters.health import HealthReport
+    from hippocampus.probing.adapters.monitors import GateReport, MemoryUsage
 
 
 class Monitored:
@@ -29,7 +29,7 @@ class Monitored:
           ConfigError: a model without adapters, or no texts.
           DataError: a text shorter than two tokens.
         """
-        from hippocampus.generation.adapter_monitors import gate_statistics
+        from hippocampus.probing.adapters.monitors import gate_statistics
 
         own: Any = self
         return gate_statistics(own, texts)
@@ -47,13 +47,13 @@ class Monitored:
         Raises:
           ConfigError, DataError: as `gate_statistics`; or a layer without an adapter.
         """
-        from hippocampus.generation.adapter_monitors import memory_usage
+        from hippocampus.probing.adapters.monitors import memory_usage
 
         own: Any = self
         return memory_usage(own, layer, texts)
 
     def health_report(self, base_text: str | None = None) -> HealthReport:
-        """Whether the adapters are in order: five checks, and a score (`adapter_health`).
+        """Whether the adapters are in order: five checks, and a score (`probing.adapters.health`).
 
         Args:
           base_text: general text that must not have become harder. None = 20,000 characters of
@@ -62,7 +62,7 @@ class Monitored:
         Raises:
           ConfigError, DataError: as `gate_statistics`.
         """
-        from hippocampus.generation.adapter_health import health_report
+        from hippocampus.probing.adapters.health import health_report
 
         own: Any = self
         return health_report(own, base_text)

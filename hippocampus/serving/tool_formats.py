@@ -19,7 +19,7 @@ from typing import Any
 
 from hippocampus.data.tokenizers import Tokenizer
 from hippocampus.errors import ConfigError
-from hippocampus.serving.quoting import Segment, quote
+from hippocampus.serving.quoting import Segment, added_tokens, quote
 from hippocampus.serving.tools import ToolResponse, ToolSpec
 
 
@@ -160,7 +160,7 @@ def format_of(name: str, tokenizer: Tokenizer) -> ToolFormat:
       ConfigError: there is no such format.
     """
     if name == "auto":
-        added = {one["content"] for one in json.loads(tokenizer.to_json()).get("added_tokens", ())}
+        added = added_tokens(tokenizer)
         return next((found for mark, found in _BY_MARK.items() if mark in added), PLAIN)
     if name not in FORMATS:
         raise ConfigError(f"format is {name!r}", f"it must be auto, {', '.join(FORMATS)}")

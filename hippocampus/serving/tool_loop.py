@@ -291,7 +291,7 @@ class _Text:
                                     logits_BV=jnp.where(mask[None], logits_BV, -jnp.inf))
         self._state, drawn = decode.write(
             self.lm.model, self.lm.decode_variables, state, self.seeds,
-            self.writer.request.sampler, 1, [-1] * len(self.writer.pauses))
+            self.writer.request.sampler, 1, [-1] * len(self.writer.pauses))  # ids that are none
         return int(drawn.tokens_BM[0, 0])
 
     def _take(self, tokens: list[int], drawn: int | None = None) -> None:

@@ -18,8 +18,8 @@ from hippocampus.evaluation.paired import (
     effect_size,
     mean_interval,
 )
-from hippocampus.generation.adapter_health import HealthReport
-from hippocampus.generation.adapter_monitors import GateReport, MemoryUsage
+from hippocampus.probing.adapters.health import HealthReport
+from hippocampus.probing.adapters.monitors import GateReport, MemoryUsage
 
 EXACT, F1, LOG_P = "exact match", "F1", "log p"
 MEASURES = (EXACT, F1, LOG_P)

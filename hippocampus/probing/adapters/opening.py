@@ -13,17 +13,17 @@ from hippocampus.data.queries import Query, make_queries, read_queries
 from hippocampus.errors import ConfigError, DataError
 from hippocampus.evaluation.result_table import Protocol
 from hippocampus.files import expand
-from hippocampus.generation.adapter_controls import (
+from hippocampus.generation.language_model import LanguageModel
+from hippocampus.generation.loading import load
+from hippocampus.models.buu import BuuInterventions
+from hippocampus.models.halves import trained_shapes
+from hippocampus.probing.adapters.controls import (
     adapters_of,
     bare,
     controls,
     shuffled,
     zeroed,
 )
-from hippocampus.generation.language_model import LanguageModel
-from hippocampus.generation.loading import load
-from hippocampus.models.buu import BuuInterventions
-from hippocampus.models.halves import trained_shapes
 from hippocampus.probing.probe import Probe
 
 BASE, LORA, ADAPTERS = "base", "base + LoRA", "adapters"

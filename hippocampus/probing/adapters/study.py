@@ -15,15 +15,15 @@ from jaxtyping import Array, Float64, Int
 from hippocampus.data.batches import Batch
 from hippocampus.data.queries import Query
 from hippocampus.evaluation.answers import score_answer
-from hippocampus.generation.adapter_controls import enabled
-from hippocampus.generation.adapter_health import health_report
-from hippocampus.generation.adapter_monitors import Observed, observe, observed
 from hippocampus.generation.language_model import LanguageModel
-from hippocampus.generation.text_rows import row_length, text_batches
 from hippocampus.models.adapter_statistics import merge
 from hippocampus.ops.cross_entropy import token_nll
+from hippocampus.probing.adapters.controls import enabled
 from hippocampus.probing.adapters.findings import Answer, Findings, Losses, Stage, scored
+from hippocampus.probing.adapters.health import health_report
+from hippocampus.probing.adapters.monitors import Observed, observe, observed
 from hippocampus.probing.adapters.opening import AdapterProbe, System
+from hippocampus.probing.adapters.text_rows import row_length, text_batches
 
 HELD_OUT = "held-out text"
 """What the windows are called beside the categories of queries."""

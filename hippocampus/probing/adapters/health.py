@@ -33,11 +33,11 @@ from jaxtyping import Array
 from hippocampus.data.batches import Batch
 from hippocampus.data.evaluation_windows import EvaluationWindows
 from hippocampus.errors import DataError
-from hippocampus.generation.adapter_controls import adapters_of, bare, controls
-from hippocampus.generation.adapter_monitors import ROWS, MemoryUsage, Observed, observe
 from hippocampus.generation.language_model import LanguageModel
 from hippocampus.models.adapter_statistics import GateSummary
 from hippocampus.ops.cross_entropy import token_nll
+from hippocampus.probing.adapters.controls import adapters_of, bare, controls
+from hippocampus.probing.adapters.monitors import ROWS, MemoryUsage, Observed, observe
 
 MOST_SATURATED = 0.99
 FEWEST_EFFECTIVE = 0.05

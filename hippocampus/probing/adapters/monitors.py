@@ -23,9 +23,7 @@ import numpy as np
 from hippocampus.data.batches import Batch
 from hippocampus.data.queries import make_queries
 from hippocampus.errors import ConfigError, DataError
-from hippocampus.generation.adapter_controls import adapters_of
 from hippocampus.generation.language_model import LanguageModel
-from hippocampus.generation.text_rows import row_length, text_batches
 from hippocampus.models.adapter_statistics import (
     GateSummary,
     SlotSummary,
@@ -35,6 +33,8 @@ from hippocampus.models.adapter_statistics import (
     merge,
     slot_summary,
 )
+from hippocampus.probing.adapters.controls import adapters_of
+from hippocampus.probing.adapters.text_rows import row_length, text_batches
 
 QUERIES = 100
 """That are read where no text is given; see `hippocampus.data.queries`."""

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from hippocampus.errors import ConfigError, DataError
-from hippocampus.generation import adapter_monitors
-from hippocampus.generation.adapter_controls import (
+from hippocampus.models.adapter_statistics import GateSummary, SlotSummary
+from hippocampus.probing.adapters import monitors as adapter_monitors
+from hippocampus.probing.adapters.controls import (
     bare,
     controls,
     enabled,
@@ -19,9 +20,8 @@ from hippocampus.generation.adapter_controls import (
     slot_orders,
     zeroed,
 )
-from hippocampus.generation.adapter_health import WEIGHTS, Vitals, general_text, judge
-from hippocampus.generation.adapter_monitors import HotSlot, MemoryUsage
-from hippocampus.models.adapter_statistics import GateSummary, SlotSummary
+from hippocampus.probing.adapters.health import WEIGHTS, Vitals, general_text, judge
+from hippocampus.probing.adapters.monitors import HotSlot, MemoryUsage
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hippocampus.generation.text_rows import row_length, text_batches
+from hippocampus.probing.adapters.text_rows import row_length, text_batches
 
 IDS = [np.arange(10, 10 + n) for n in (5, 2, 9)]
 
