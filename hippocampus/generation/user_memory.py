@@ -9,14 +9,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-import xxhash
-
 from hippocampus.data.tokenizers import Tokenizer
 from hippocampus.errors import CheckpointError, ConfigError
 from hippocampus.files import check_nameable, check_writable, expand
 from hippocampus.generation.memory_file import Fingerprint, load_memory, save_memory
+from hippocampus.generation.parameter_digest import parameter_digest
 from hippocampus.ops.memory_state import MemoryState
 
 LAYER = "memory_bank"
@@ -153,16 +150,9 @@ def fingerprint_of(model: Any, params: Any, tokenizer: Tokenizer) -> Fingerprint
       params: all of its parameters, decoder and memory.
       tokenizer: of its texts.
     """
-    digest = xxhash.xxh3_128()
-    leaves = [(jax.tree_util.keystr(path), leaf)
-              for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
-    for name, leaf in sorted(leaves, key=lambda pair: pair[0]):
-        array = np.ascontiguousarray(jax.device_get(leaf))  # one after the other: there is room
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
     memory, D = model.memory, model.config.d_model
     return Fingerprint(
-        model=digest.hexdigest(), layer=LAYER, d_model=D, n_slots=memory.n_slots,
+        model=parameter_digest(params), layer=LAYER, d_model=D, n_slots=memory.n_slots,
         n_heads=memory.n_heads, head_width=(memory.width or D) // memory.n_heads,
         tokenizer=tokenizer.digest)
 

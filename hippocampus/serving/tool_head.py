@@ -3,7 +3,8 @@
     p(tool | prompt) = softmax((W z + b) / tau)        z: the last hidden state, standardised
 
 W and b by L2-regularised likelihood, tau on prompts that they have not seen; one class is "no
-tool". The model itself is not changed.
+tool". The model itself is not changed. A head is saved as one safetensors file, which names the
+model that it was learned from: to any other its weights are noise.
 
 Source: Guo et al. 2017 (arXiv:1706.04599), temperature scaling and the expected calibration error.
 """
@@ -11,8 +12,10 @@ Source: Guo et al. 2017 (arXiv:1706.04599), temperature scaling and the expected
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,9 +26,16 @@ from scipy.optimize import minimize, minimize_scalar
 from scipy.special import log_softmax, softmax
 
 from hippocampus.data.batches import Batch
-from hippocampus.errors import ConfigError
+from hippocampus.errors import CheckpointError, ConfigError
+from hippocampus.exports.storage import TensorSpec
+from hippocampus.exports.weights_file import open_tensors, read_header
+from hippocampus.files import expand, write_atomically
+from hippocampus.generation.parameter_digest import parameter_digest
 
+FORMAT = "hippocampus.tool_head/1"
 NO_TOOL = ""
+_ARRAYS = ("weight_KD", "bias_K", "mean_D", "scale_D")
+_LEARN_AGAIN = "learn it again with ToolHead.fit"
 _BINS = 10
 _SHORTEST = 32
 
@@ -40,6 +50,7 @@ class ToolHead:
       mean_D, scale_D: that standardise them.
       temperature: above 1 makes probabilities more modest.
       threshold: least probability at which `choose` names a tool.
+      model: digest of the parameters that the states are of.
     """
 
     tools: tuple[str, ...]
@@ -49,6 +60,7 @@ class ToolHead:
     scale_D: Float[np.ndarray, " D"]
     temperature: float = 1.0
     threshold: float = 0.5
+    model: str = ""
 
     @classmethod
     def fit(cls, lm: Any, prompts: Sequence[str], tools: Sequence[str], *, l2: float = 1e-2,
@@ -85,7 +97,64 @@ class ToolHead:
         scores = (states[calibrating] - mean) / scale @ weight.T + bias
         best = minimize_scalar(lambda log_t: _nll(scores / np.exp(log_t), labels[calibrating]),
                                bounds=(-3, 3), method="bounded")
-        return cls(names, weight, bias, mean, scale, float(np.exp(best.x)), threshold)
+        return cls(names, weight, bias, mean, scale, float(np.exp(best.x)), threshold,
+                   parameter_digest(lm.params))
+
+    def save(self, path: str | Path) -> None:
+        """Writes the head as one file; a file that is there is replaced, or stays as it is.
+
+        Raises:
+          CheckpointError: it cannot be written.
+        """
+        from safetensors.numpy import save
+
+        path = expand(path)
+        record = {"format": FORMAT, "model": self.model, "tools": self.tools,
+                  "temperature": self.temperature, "threshold": self.threshold}
+        arrays = {name: np.ascontiguousarray(getattr(self, name), np.float64) for name in _ARRAYS}
+        try:
+            write_atomically(path, save(arrays, metadata={"tool_head": json.dumps(record)}))
+        except OSError as error:
+            raise CheckpointError(f"cannot write {path}: {error.strerror}",
+                                  "make room, or save elsewhere") from None
+
+    @classmethod
+    def load(cls, path: str | Path, lm: Any) -> ToolHead:
+        """Reads a head of this model.
+
+        Args:
+          path: a file that `save` wrote.
+          lm: the `LanguageModel` that it was learned from.
+
+        Raises:
+          CheckpointError: missing, damaged, no head, or learned from another model.
+        """
+        path = expand(path)
+        if not path.is_file():
+            raise CheckpointError(f"there is no tool head at {path}", "check the path")
+        header = read_header(path)
+        try:
+            record = json.loads(header.metadata["tool_head"])
+            if record["format"] != FORMAT:
+                raise ValueError
+            tools = tuple(map(str, record["tools"]))
+            temperature, threshold = float(record["temperature"]), float(record["threshold"])
+            model = str(record["model"])
+        except (KeyError, TypeError, ValueError, RecursionError):
+            raise CheckpointError(f"{path} is no tool head", _LEARN_AGAIN) from None
+        if model != parameter_digest(lm.params):
+            raise CheckpointError(f"{path} was learned from another model", _LEARN_AGAIN)
+        K, D = len(tools), header.tensors.get("mean_D", TensorSpec("", (0,))).shape[0]
+        sizes = dict(zip(_ARRAYS, ((K, D), (K,), (D,), (D,)), strict=True))
+        if header.tensors != {name: TensorSpec("float64", size) for name, size in sizes.items()}:
+            raise CheckpointError(f"{path} is damaged: its arrays are not those of {K} tools",
+                                  _LEARN_AGAIN)
+        with open_tensors(path) as read:
+            arrays: dict[str, Any] = {name: np.array(read(name)) for name in _ARRAYS}
+        if not all(np.isfinite(one).all() for one in (*arrays.values(), temperature, threshold)):
+            raise CheckpointError(f"{path} is damaged: it has numbers that are not finite",
+                                  _LEARN_AGAIN)
+        return cls(tools, **arrays, temperature=temperature, threshold=threshold, model=model)
 
     def probabilities(self, lm: Any, prompts: Sequence[str]) -> Float[np.ndarray, "N K"]:
         """Of every class, for each prompt."""

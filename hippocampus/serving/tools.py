@@ -350,7 +350,7 @@ def _schema_problem(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> 
     try:
         properties = schema.get("properties", {})
         unknown = [name for name in arguments if name not in properties]
-        if unknown and not schema.get("additionalProperties"):
+        if unknown and schema.get("additionalProperties", False) is False:
             return f"there is no argument {unknown[0][:40]!r}"
         error = next(kind(schema, registry=referencing.Registry()).iter_errors(arguments), None)
     except Exception as problem:  # a schema that is none, refers elsewhere, or to itself

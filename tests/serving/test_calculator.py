@@ -61,3 +61,9 @@ def test_a_number_as_large_as_allowed_is_computed_and_written():
         evaluate(f"2**{LARGEST_BITS - 1} * 2")
     assert exact_text(Fraction(1, 2**61)) == f"1/{2**61}"
     assert Fraction(exact_text(Fraction(-7, 2**60))) == Fraction(-7, 2**60)
+
+
+def test_brackets_are_counted_before_anything_is_parsed():
+    assert calculate("(" * 100 + "1" + ")" * 100) == "1"
+    with pytest.raises(ConfigError, match="more than 100 brackets"):
+        calculate("(" * 101 + "1" + ")" * 101)

@@ -1,10 +1,15 @@
 """The head learns from hidden states which tool a prompt needs, and knows how sure it is."""
 
+import types
+
+import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tool_models import language_model
 
-from hippocampus.errors import ConfigError
+from hippocampus.errors import CheckpointError, ConfigError
+from hippocampus.exports.weights_file import read_header
 from hippocampus.serving.tool_head import NO_TOOL, ToolHead, calibration_error, last_states
 from hippocampus.serving.tool_questions import questions
 
@@ -50,3 +55,42 @@ def test_confidence_that_is_kept_has_no_error_and_boasting_has():
 def test_too_little_to_learn_from_is_refused():
     with pytest.raises(ConfigError, match="prompts and"):
         ToolHead.fit(language_model(), ["a"] * 4, ["b"] * 3)
+
+
+def test_a_saved_head_says_the_same_of_its_model_and_is_refused_by_another(asked, tmp_path):
+    lm, (texts, tools) = language_model(), asked
+    head = ToolHead.fit(lm, texts[:8], tools[:8], threshold=0.25)
+    head.save(tmp_path / "head.safetensors")
+    again = ToolHead.load(tmp_path / "head.safetensors", lm)
+    assert again.tools == head.tools and again.threshold == 0.25
+    np.testing.assert_array_equal(again.probabilities(lm, texts[8:12]),
+                                  head.probabilities(lm, texts[8:12]))
+    other = types.SimpleNamespace(params=jax.tree.map(lambda x: x + 1, lm.params))
+    with pytest.raises(CheckpointError, match="another model"):
+        ToolHead.load(tmp_path / "head.safetensors", other)
+
+
+def test_a_damaged_head_ends_in_one_line(asked, tmp_path):
+    lm, (texts, tools) = language_model(), asked
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    ToolHead.fit(lm, texts[:8], tools[:8]).save(good)
+
+    def refusal():
+        with pytest.raises(CheckpointError) as caught:
+            ToolHead.load(bad, lm)
+        return caught.value.message
+
+    assert "there is no tool head" in refusal()
+    bad.write_bytes(good.read_bytes()[:-8])
+    assert refusal()
+    arrays, metadata = load_file(good), read_header(good).metadata
+    save_file(arrays, bad)
+    assert "is no tool head" in refusal()
+    save_file({name: value for name, value in arrays.items() if name != "mean_D"}, bad, metadata)
+    assert "damaged" in refusal()
+    save_file({**arrays, "bias_K": arrays["bias_K"][:-1]}, bad, metadata)
+    assert "damaged" in refusal()
+    save_file({**arrays, "bias_K": arrays["bias_K"] * np.nan}, bad, metadata)
+    assert "not finite" in refusal()
+    with pytest.raises(CheckpointError, match="cannot write"):
+        ToolHead.load(good, lm).save(good / "head")

@@ -252,6 +252,15 @@ def test_a_schema_whose_references_double_at_every_level_ends():
     assert time.monotonic() - start < 10
 
 
+@pytest.mark.parametrize(("more", "problem"), [
+    ({}, "no argument"), ({"additionalProperties": False}, "no argument"),
+    ({"additionalProperties": True}, ""), ({"additionalProperties": {}}, ""),
+    ({"additionalProperties": {"type": "string"}}, "is not of type")])
+def test_arguments_that_a_schema_does_not_name_are_refused_unless_it_lets_them_in(more, problem):
+    found = _schema_problem({"a": "x", "b": 3}, {"properties": {"a": {"type": "string"}}, **more})
+    assert (problem in found) if problem else found == ""
+
+
 def test_a_pattern_of_a_schema_is_not_run():
     schema = {"properties": {"a": {"type": "string", "pattern": "^(a+)+$"}}}
     start = time.perf_counter()
