@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import full_only
 import long_files
 import pytest
 import quick_xla
@@ -45,7 +46,10 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: places.get(item.path, len(places)))
     if not config.getoption("--full"):
         for item in items:
-            if item.get_closest_marker("full"):
+            path, _, test = item.nodeid.removeprefix("tests/").partition("::")
+            name, _, case = test.partition("[")
+            if item.get_closest_marker("full") or full_only.is_full_only(f"{path}::{name}",
+                                                                         case[:-1]):
                 item.add_marker(pytest.mark.skip(reason="slow: runs with --full"))
 
 

@@ -35,7 +35,8 @@ def _python(arguments, folder):
         [sys.executable, *arguments], cwd=folder, text=True, timeout=200, capture_output=True,
         env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin",
              "HOME": str(folder), "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
-             "XLA_FLAGS": " ".join(quick_xla.FLAGS)})
+             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": " ".join(quick_xla.FLAGS)})
 
 
 def test_the_readme_has_commands_and_python():

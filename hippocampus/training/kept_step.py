@@ -14,6 +14,7 @@ What lies in the folder is run, so it is used only where it is the user's alone.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -21,7 +22,6 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from concurrent.futures import Future
-from importlib import metadata
 from pathlib import Path
 from threading import Thread
 from types import ModuleType
@@ -69,8 +69,7 @@ def kept_step(config: Config, mesh: Mesh) -> KeptStep | None:
       programs, or in a notebook, a test or a shell, where code need not lie in files.
     """
     folder = private_folder()
-    code = _digest_of_code()
-    if folder is None or code is None or jax.process_count() > 1:
+    if folder is None or jax.process_count() > 1 or (code := _digest_of_code()) is None:
         return None
     parts = {"code": code, "config": to_json(config, ()), "devices": _about(mesh),
              "settings": {name: str(value) for name, value in sorted(jax.config.values.items())
@@ -222,10 +221,18 @@ def _digest_of_code() -> str | None:
     digest = hashlib.sha256("\0".join(given).encode())
     for path in sorted(set(_own_code())):
         digest.update(f"{path}\0".encode() + path.read_bytes())
-    for name in sorted({f"{one.name} {one.version}" for one in metadata.distributions()}):
-        digest.update(name.encode())
+    for name in sorted(_installed_versions()):
+        digest.update(f"{name}\0".encode())
     digest.update(sys.version.encode())
     return digest.hexdigest()
+
+
+def _installed_versions() -> Iterator[str]:
+    """Names of folders such as jax-0.10.2.dist-info; to read what is in them takes long."""
+    for place in {*sys.path}:
+        with contextlib.suppress(OSError), os.scandir(place or ".") as entries:
+            yield from (entry.name for entry in entries
+                        if entry.name.endswith((".dist-info", ".egg-info")))
 
 
 def _own_code() -> Iterator[Path]:
@@ -239,7 +246,7 @@ def _own_code() -> Iterator[Path]:
 
 def _file(module: ModuleType) -> Path | None:
     name = getattr(module, "__file__", None)
-    return Path(name).resolve() if isinstance(name, str) else None
+    return Path(os.path.realpath(name)) if isinstance(name, str) else None
 
 
 def _is_known(path: Path) -> bool:
@@ -249,6 +256,11 @@ def _is_known(path: Path) -> bool:
 
 def _is_installed(path: Path) -> bool:
     """Whether a version number stands for a file: it came with Python or a package."""
-    return not _INSTALLED.isdisjoint(path.parts) or any(
-        path.is_relative_to(Path(sysconfig.get_path(name)).resolve())
-        for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+    return str(path).startswith(_installed_places()) or not _INSTALLED.isdisjoint(path.parts)
+
+
+@functools.cache
+def _installed_places() -> tuple[str, ...]:
+    """Folders of the standard library and of packages, each with a separator at its end."""
+    return tuple(os.path.join(os.path.realpath(sysconfig.get_path(name)), "")
+                 for name in ("stdlib", "platstdlib", "purelib", "platlib"))

@@ -81,6 +81,7 @@ def paragraphs(text):
     return {p.strip() for p in text.split("\n\n") if len(p.strip()) >= 40}
 
 
+@pytest.mark.full
 def test_pydoc_is_the_same_text_in_every_call(pydoc):
     assert load_corpus("pydoc") == pydoc
 

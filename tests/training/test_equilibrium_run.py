@@ -65,6 +65,7 @@ def run(compiled_once, tmp_path_factory) -> Path:
         return fit(tiny_run.config(**RUN), folder / "run")
 
 
+@pytest.mark.full
 def test_a_run_that_was_killed_goes_on_bit_for_bit(run, compiled_once, tmp_path):
     """As after kill -9: steps are missing from some step on, and rows are there beyond it."""
     killed = shutil.copytree(run, tmp_path / "killed")

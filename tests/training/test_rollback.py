@@ -111,6 +111,7 @@ def test_without_a_checkpoint_the_run_begins_again_behind_the_batches(tmp_path, 
     assert rows_of(folder, "train/skipped")[16] <= 1
 
 
+@pytest.mark.full
 def test_a_run_killed_after_going_back_reads_the_same_batches(tmp_path, poisoned, monkeypatch):
     poisoned(*range(7, 11))
     config = tiny_run.config(**RUN)

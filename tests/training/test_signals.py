@@ -226,6 +226,7 @@ def assert_ends_like_one_never_stopped(workdir: Path, run: Mapping[str, Any] = R
     assert not (workdir / "stopped.json").exists()
 
 
+@pytest.mark.full
 def test_run_stopped_in_an_evaluation_does_it_later_and_ends_like_one_never_stopped(tmp_path):
     # The second of two batches of averaged weights, after step 2.
     code, lines = stopped(tmp_path / "run", INT, "hippocampus.training.run:Run", "place", nth=5,

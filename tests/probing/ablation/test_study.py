@@ -144,6 +144,7 @@ def test_the_files_hold_the_losses_of_the_runs(uninterrupted):
     assert page.count("<svg") == 2 and "width=24" in page and "unigram" in page
 
 
+@pytest.mark.full
 def test_an_ablation_stopped_and_killed_ends_with_the_same_tables(uninterrupted, tmp_path):
     out = tmp_path / "out"
     stopped = Started(command(out))
