@@ -7,7 +7,25 @@ and which of them run every time.
 import fnmatch
 
 QUICK: dict[str, tuple[str, ...]] = {
-    # Some of every kind of layer and of every way to run them; the values are checked in all.
+    "models/test_hybrid_lm.py::test_a_model_reads_the_past_of_its_own_row_and_document_only": (
+        "all paths, R=3*", "hopfield, both*", "attention, R=3*", "ssm + hopfield, diagonal*",
+        "ssm + attention, R=1*", "three layers of their own*"),
+    "layers/test_paths.py::test_a_path_reads_the_past_of_its_own_row_and_document_only": (
+        "ssm", "ssm sequential*", "ssm diagonal, input scale", "gru", "ssm s6", "ssm ssd",
+        "hopfield context, K=3*", "hopfield slots, K=3", "hopfield both, K=2*",
+        "attention, two groups*", "attention without positions"),
+    "layers/test_caches.py::test_a_path_read_in_chunks_gives_what_it_gives_at_once": (
+        "ssm", "ssm, convolution longer*", "ssm diagonal*", "gru", "s6", "ssd*",
+        "hopfield context, K=2*", "hopfield slots*", "hopfield both, K=3*",
+        "attention, two groups*", "attention without positions"),
+    "layers/test_caches.py::test_a_path_in_bfloat16_read_in_chunks_gives_what_it_gives_at_once": (
+        "ssm", "hopfield", "attention"),
+    "layers/test_paths.py::test_values_and_gradients_are_finite_at_the_extremes_of_decay_and_beta":
+        ("ssm", "ssm ssd", "hopfield both, K=3"),
+    "models/test_cache.py::test_a_model_read_in_chunks_gives_what_it_gives_at_once": (
+        "all paths, R=3*", "ssm, R=1*", "attention, grouped*", "layers of their own*",
+        "bfloat16*"),
+    # A gradient is slower than the values, of which some more are checked.
     "models/test_hybrid_lm.py::test_no_gradient_of_a_model_reaches_the_future": (
         "all paths, R=3*", "ssm + hopfield, diagonal*", "three layers, first without ssm*"),
     "models/test_hybrid_lm.py::test_remat_and_scan_change_no_value_and_no_gradient": (
@@ -43,7 +61,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "ops/kernels/test_scans_hopper.py::"
     "test_the_gated_scan_and_all_its_gradients_are_those_of_the_recurrence": ("almost 1",),
     "ops/kernels/test_attention_tpu.py::test_values_and_gradients_are_those_of_xla": (
-        "window in documents", "scale*"),
+        "window in documents",),
     "ops/kernels/test_scan_tpu.py::test_states_and_gradients_are_those_of_the_formula": ("shape0",),
     "ops/kernels/test_scan_tpu.py::test_gates_states_and_gradients_are_those_of_the_layer": (
         "shape0-float32",),

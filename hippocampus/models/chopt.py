@@ -238,7 +238,7 @@ class CHopT(AroundDecoder, nn.Module):
 
     @nn.nowrap
     def reset(self, cache: CHopTCache, rows_B: Bool[Array, " B"]) -> CHopTCache:
-        """The cache with these rows as before their first token, their memories new."""
+        """The cache with these rows as `init_cache` gives them."""
         return CHopTCache(self._decoder().reset(cache.decoder, rows_B),
                           choose_users(rows_B, self._empty(len(rows_B)), cache.memory))
 

@@ -60,6 +60,7 @@ def test_the_run_goes_on_and_its_trace_stays(folder):
     assert read_trace(folder / "profile")
 
 
+@pytest.mark.full
 def test_profiling_changes_no_number(folder, tmp_path):
     plain = fit(tiny_run.config(**CHANGES), tmp_path / "run")
     assert tiny_run.series(plain) == tiny_run.series(folder)

@@ -76,6 +76,7 @@ def test_checkpoints_hold_the_adapters_alone_and_the_run_the_digest_of_the_decod
     assert kept == {"digest": weights_digest(chopt_run.decoder())}
 
 
+@pytest.mark.full
 def test_a_run_goes_on_bit_for_bit(run, tmp_path):
     killed = shutil.copytree(run, tmp_path / "killed")
     for step in (killed / "steps").iterdir():

@@ -146,6 +146,7 @@ class StopAt(StopSignal):
         return self._wanted
 
 
+@pytest.mark.full
 def test_signal_where_a_save_was_left_out_waits_for_a_step_that_is_saved(tmp_path, poisoned):
     poisoned(5)  # step 6, where a save was due: calls 1, 2, 3 (saved), 4, 5, 6 (saved), 7, 8
     with StopAt(9) as stop, pytest.raises(Stopped, match="at step 7: everything is saved"):

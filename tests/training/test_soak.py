@@ -25,7 +25,7 @@ KIB_OF_NOISE = 3 * 1024.0
 """A look moves by one to two MiB, up and down, with the threads that save at that moment."""
 
 
-@pytest.fixture(scope="module", params=[1000, pytest.param(10_000, marks=pytest.mark.full)])
+@pytest.fixture(scope="module", params=[800, pytest.param(10_000, marks=pytest.mark.full)])
 def samples(request, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("soak") / "run"
     done = subprocess.run([sys.executable, soak.__file__, workdir, str(request.param)],

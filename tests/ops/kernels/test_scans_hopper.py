@@ -74,6 +74,7 @@ def test_the_gated_scan_and_all_its_gradients_are_those_of_the_recurrence(decays
         assert_close(array / scale, wanted / scale, n_operations=B * T)
 
 
+@pytest.mark.full
 def test_the_gated_scan_of_bfloat16_keeps_its_state_in_float32():
     inputs, g = gated_inputs(jnp.bfloat16)
     h = gated_scan_hopper.gated_scan(*inputs, interpret=True)
