@@ -20,10 +20,11 @@ from hippocampus.generation.loading import load
 from hippocampus.generation.pretrained import load_pretrained
 from hippocampus.runs.run_folder import RunFolder
 from hippocampus.serving.call_grammar import is_installed
-from hippocampus.serving.tool_config import ToolServer
+from hippocampus.serving.tool_config import ToolLimits, ToolServer
 from hippocampus.serving.tool_formats import format_of
 from hippocampus.serving.tool_head import ToolHead, calibration_error
 from hippocampus.serving.tool_questions import questions, score
+from hippocampus.serving.tools import Toolbox
 
 
 def main():
@@ -33,6 +34,9 @@ def main():
     parser.add_argument("--n", type=int, default=50, help="questions of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max_new_tokens", type=int, default=256)
+    parser.add_argument("--calls", type=int, default=8, help="most of a text")
+    parser.add_argument("--output_characters", type=int, default=4000,
+                        help="of an answer; with --calls the room that a cache keeps for answers")
     parser.add_argument("--require_call", action="store_true")
     parser.add_argument("--no_constrain", action="store_true")
     flags = parser.parse_args()
@@ -47,9 +51,11 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for name, text in documents.items():
             Path(folder, name).write_text(text)
-        batch = lm.generate_with_tools(
-            prompts, tools=ToolServer("own", ["*"], folder=folder), constrain=False
-            if flags.no_constrain else "auto", require_call=flags.require_call, **settings)
+        limits = ToolLimits(calls=flags.calls, output_characters=flags.output_characters)
+        with Toolbox(ToolServer("own", ["*"], folder=folder), limits) as tools:
+            batch = lm.generate_with_tools(
+                prompts, tools=tools, constrain=False if flags.no_constrain else "auto",
+                require_call=flags.require_call, **settings)
     table = Table("questions", "tools", "n", "right answer", "right tool first", "exact results")
     for tools, found in (("none", score(asked, bare)),
                          ("four", score(asked, [one.text for one in batch], batch))):
