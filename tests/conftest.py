@@ -46,10 +46,8 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: places.get(item.path, len(places)))
     if not config.getoption("--full"):
         for item in items:
-            path, _, test = item.nodeid.removeprefix("tests/").partition("::")
-            name, _, case = test.partition("[")
-            if item.get_closest_marker("full") or full_only.is_full_only(f"{path}::{name}",
-                                                                         case[:-1]):
+            if item.get_closest_marker("full") or full_only.is_full_only(
+                    *full_only.parts(item.nodeid)):
                 item.add_marker(pytest.mark.skip(reason="slow: runs with --full"))
 
 

@@ -84,6 +84,12 @@ QUICK: dict[str, tuple[str, ...]] = {
 """From tests/, a test -> patterns of the cases that run every time."""
 
 
+def parts(nodeid: str) -> tuple[str, str]:
+    """(the test as in `QUICK`, its case) of what pytest calls a node."""
+    test, _, case = nodeid.removeprefix("tests/").partition("[")
+    return test, case[:-1]
+
+
 def is_full_only(test: str, case: str) -> bool:
     """Whether a case waits for `--full`.
 

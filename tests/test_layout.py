@@ -23,9 +23,8 @@ def test_every_test_of_which_some_cases_are_slow_exists_and_has_quick_ones(reque
     """Where all cases were collected: not in a run of some tests alone."""
     cases = {}
     for item in request.session.items:
-        path, _, test = item.nodeid.removeprefix("tests/").partition("::")
-        name, _, case = test.partition("[")
-        cases.setdefault(f"{path}::{name}", []).append(case[:-1])
+        test, case = full_only.parts(item.nodeid)
+        cases.setdefault(test, []).append(case)
     for test, patterns in full_only.QUICK.items():
         path, _, name = test.partition("::")
         assert f"def {name}(" in (TESTS / path).read_text("utf-8"), test

@@ -133,6 +133,17 @@ def test_the_digest_is_that_of_all_code_outside_of_packages(tmp_path, monkeypatc
     assert len({before, imported, changed, kept_step._digest_of_code()}) == 4
 
 
+def test_another_version_of_a_package_is_another_digest(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-c", "train()"])
+    monkeypatch.syspath_prepend(tmp_path)
+    digests = [kept_step._digest_of_code()]
+    for version in ("1.0", "1.1"):
+        (tmp_path / f"some_package-{version}.dist-info").mkdir()
+        digests.append(kept_step._digest_of_code())
+        (tmp_path / f"some_package-{version}.dist-info").rmdir()
+    assert len(set(digests)) == 3 and kept_step._digest_of_code() == digests[0]
+
+
 def test_settings_and_config_are_part_of_the_name(tmp_path, monkeypatch):
     (tmp_path / "xla").mkdir(mode=0o700)
     monkeypatch.setattr(kept_step, "private_folder", lambda: tmp_path / "xla")
