@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +145,7 @@ class ToolHead:
             raise CheckpointError(f"{path} is no tool head", _LEARN_AGAIN) from None
         if model != parameter_digest(lm.params):
             raise CheckpointError(f"{path} was learned from another model", _LEARN_AGAIN)
-        K, D = len(tools), header.tensors.get("mean_D", TensorSpec("", (0,))).shape[0]
+        K, D = len(tools), math.prod(header.tensors.get("mean_D", TensorSpec("", (0,))).shape)
         sizes = dict(zip(_ARRAYS, ((K, D), (K,), (D,), (D,)), strict=True))
         if header.tensors != {name: TensorSpec("float64", size) for name, size in sizes.items()}:
             raise CheckpointError(f"{path} is damaged: its arrays are not those of {K} tools",

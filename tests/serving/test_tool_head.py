@@ -88,6 +88,8 @@ def test_a_damaged_head_ends_in_one_line(asked, tmp_path):
     assert "is no tool head" in refusal()
     save_file({name: value for name, value in arrays.items() if name != "mean_D"}, bad, metadata)
     assert "damaged" in refusal()
+    save_file({**arrays, "mean_D": arrays["mean_D"].sum()[None].reshape(())}, bad, metadata)
+    assert "damaged" in refusal()
     save_file({**arrays, "bias_K": arrays["bias_K"][:-1]}, bad, metadata)
     assert "damaged" in refusal()
     save_file({**arrays, "bias_K": arrays["bias_K"] * np.nan}, bad, metadata)
