@@ -77,10 +77,13 @@ def work(config: str, workdir: Path, overrides: Mapping[str, str]) -> int:
 
 def score(workdir: Path) -> dict[str, Any]:
     """The best step's loss over the whole validation split, and what the run was."""
+    import jax
+
     from hippocampus.config_files import read_json
     from hippocampus.evaluation.stand_alone import Request, evaluate_run
-    from hippocampus.models.build_model import build_model, count_parameters
+    from hippocampus.models.build_model import build_model
     from hippocampus.models.flops import training_flops_per_token
+    from hippocampus.models.halves import trained_shapes
     from hippocampus.runs.run_folder import environment, read_metrics
 
     config, _ = read_json(workdir / "config.json")
@@ -90,7 +93,8 @@ def score(workdir: Path) -> dict[str, Any]:
     metrics = read_metrics(workdir / "metrics.jsonl")
     sweeps = [row["solver/iterations"] for row in metrics if "solver/iterations" in row]
     return {"loss": row.nats_per_token, "step": report.about["step"], "weights": row.weights,
-            "parameters": count_parameters(build_model(config)),
+            "trained": sum(leaf.size for leaf in
+                           jax.tree.leaves(trained_shapes(build_model(config)))),
             "flops_per_token": training_flops_per_token(config),
             "learning_rate": config.optimizer.learning_rate, "steps": config.train.steps,
             "tokens": config.train.steps * config.train.batch_size * config.data.context,
@@ -121,7 +125,7 @@ def table(out: Path, configs: Mapping[str, str], seeds: int) -> list[dict[str, A
             "loss_sd": statistics.stdev(losses.values()) if len(losses) > 1 else None,
             "difference": difference, "interval": interval, "seeds": len(losses),
             "best_steps": [result["step"] for result in found.values()],
-            **{field: one[field] for field in ("parameters", "flops_per_token", "learning_rate",
+            **{field: one[field] for field in ("trained", "flops_per_token", "learning_rate",
                                                "steps", "tokens", "sweeps", "weights")},
             "commit": one["environment"]["commit"], "devices": one["environment"]["devices"]})
     return rows
@@ -151,12 +155,12 @@ def write(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
              "best_steps": " ".join(map(str, row["best_steps"])),
              "devices": " ".join(row["devices"]), "command": command} for row in rows]
     write_atomically(out / "results.csv", csv_text(flat[0], flat))
-    header = ["config", "parameters", "MFLOP/token", "sweeps", "best step", "loss",
+    header = ["config", "trained", "MFLOP/token", "sweeps", "best step", "loss",
               f"against {rows[0]['name']}"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for row in rows:
         sweeps = f"{row['sweeps']:.1f}" if row["sweeps"] is not None else ""
-        cells = [row["name"], f"{row['parameters']:,}", f"{row['flops_per_token'] / 1e6:,.1f}",
+        cells = [row["name"], f"{row['trained']:,}", f"{row['flops_per_token'] / 1e6:,.1f}",
                  sweeps, "/".join(map(str, row["best_steps"])),
                  _with(row["loss_mean"], row["loss_sd"]),
                  "" if row is rows[0] else _with(row["difference"], row["interval"], "+")]

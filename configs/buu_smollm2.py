@@ -6,8 +6,9 @@ Control:   --config=configs/buu_smollm2.py:lora: low-rank adapters of as many pa
 Files:     a folder of the Hugging Face form, or a .gguf (pip install 'hippocampus[gguf]')
 Data:      data.corpus is a text, or a .jsonl of a mixture (docs/buu.md makes one of FairytaleQA
            and WikiText); or stories with questions, --config.data.form=stories
-Hardware:  one H100 80GB
-Result:    not measured yet
+Hardware:  one H200, 21 GiB of its memory (LoRA 17)
+Result:    of that mixture, 3 seeds: 1.0736 bits per byte, the decoder alone 1.1388, `:lora` 1.0621
+           (better); its memory adds next to nothing: docs/buu.md
 """
 
 from ml_collections import ConfigDict
@@ -40,15 +41,15 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.tokenizer = "backbone"
     config.data.documents = "packed"
     config.data.context = 512
-    config.train.steps = 1500
+    config.train.steps = 300
     config.train.batch_size = 32
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 5e-4  # of five, the best for both
     config.optimizer.warmup_steps = 50
     config.optimizer.weight_decay = 0.01
     config.ema.decay = 0.99
     config.eval.batch_size = 16
-    config.eval.every_steps = 300
-    config.checkpoint.every_steps = 300
+    config.eval.every_steps = 100
+    config.checkpoint.every_steps = 100
     config.sample.prompt = "Once upon a time"
     config.sample.max_new_tokens = 60
     return config
