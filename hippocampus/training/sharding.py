@@ -20,13 +20,16 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hippocampus.config import MESH_AXES, MeshConfig
 from hippocampus.errors import ConfigError
 from hippocampus.training.optimizer import path_name
 
 BATCH_AXES = ("data", "fsdp")
+
+_GATHERED_WHOLE = 2**30
+"""Bytes of parameters up to which `mesh.gather="auto"` gathers them once a step."""
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -81,11 +84,11 @@ def check_batch(mesh: Mesh, batch_size: int, name: str, micro_batches: int = 1) 
                           f"the nearest multiple is {max(unit, batch_size // unit * unit)}")
 
 
-def tree_shardings(mesh: Mesh, tree: Any, rules: tuple[tuple[str, str], ...]) -> Any:
+def tree_shardings(mesh: Mesh | AbstractMesh, tree: Any, rules: tuple[tuple[str, str], ...]) -> Any:
     """A NamedSharding for every array of a tree.
 
     Args:
-      mesh: from `make_mesh`.
+      mesh: from `make_mesh`, or the abstract form of one.
       tree: parameters, or a whole train state: optimizer moments have the parameter's path at
         the end of theirs, so the same rules place them.
       rules: (pattern, "axis,axis"); the axes belong to the last dimensions. A dimension that its
@@ -102,7 +105,7 @@ def tree_shardings(mesh: Mesh, tree: Any, rules: tuple[tuple[str, str], ...]) ->
     return jax.tree.map_with_path(place, tree)
 
 
-def _partition(mesh: Mesh, shape: tuple[int, ...], axes: list[str]) -> PartitionSpec:
+def _partition(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], axes: list[str]) -> PartitionSpec:
     whole = [None] * (len(shape) - len(axes))
     parts: list[tuple[str, ...] | str | None] = []
     for size, names in zip(shape[len(whole):], axes, strict=True):
@@ -114,6 +117,41 @@ def _partition(mesh: Mesh, shape: tuple[int, ...], axes: list[str]) -> Partition
                 ways *= mesh.shape[axis]
         parts.append(tuple(taken) if len(taken) > 1 else taken[0] if taken else None)
     return PartitionSpec(*whole, *parts)
+
+
+def gathers_once(config: MeshConfig, params: Any) -> bool:
+    """Whether a step gathers what `fsdp` spreads once, before all else.
+
+    Then devices wait for each other a few times in a step, as with `data`, instead of at every
+    matrix; each holds the whole parameters while the step runs, and its own part of their
+    gradients, averages and optimizer state.
+
+    Args:
+      config: `gather`.
+      params: arrays or their shapes.
+    """
+    if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1 or config.gather == "use":
+        return False
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    return config.gather == "step" or size <= _GATHERED_WHOLE
+
+
+def constrain_parameters(tree: Any, config: MeshConfig, *, gathered: bool) -> Any:
+    """Parameters or gradients, inside a jitted function, laid out by the rules.
+
+    Args:
+      tree: on the mesh that is around.
+      config: `rules`.
+      gathered: whole over the fsdp axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    rules = tuple((pattern, ",".join(_without_fsdp(part) for part in axes.split(",")))
+                  for pattern, axes in config.rules) if gathered else config.rules
+    return jax.tree.map(jax.lax.with_sharding_constraint, tree, tree_shardings(mesh, tree, rules))
+
+
+def _without_fsdp(axes: str) -> str:
+    return "+".join(axis for axis in axes.split("+") if axis.strip() != "fsdp") or "-"
 
 
 def batch_sharding(mesh: Mesh, n_dimensions: int = 2) -> NamedSharding:

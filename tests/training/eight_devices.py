@@ -26,8 +26,13 @@ COMMON: dict[str, Any] = {
     "train__steps": 12, "optimizer__epsilon": 1.0, "optimizer__learning_rate": 0.3,
     "model__compute_dtype": "float32", "model__paths": ("ssm", "hopfield", "attention"),
     "model__hopfield__depth_schedule": (2,), "loss__backend": "chunked"}
+_LOOPS: dict[str, Any] = {
+    "model__paths": ("attention",), "loss__backend": "full", "model__remat": "full",
+    "train__grad_accumulation": 2}
 MODELS: dict[str, dict[str, Any]] = {
     "attention": {**COMMON, "model__paths": ("attention",), "loss__backend": "full"},
+    "gathered_once": {**COMMON, **_LOOPS},
+    "gathered_where_used": {**COMMON, **_LOOPS, "mesh__gather": "use"},
     "everything": {
         **COMMON, "model__hopfield__patterns": "both", "model__hopfield__n_slots": 8,
         "model__segments__train": 2, "model__segments__weights": (0.3, 1.0),
@@ -125,7 +130,9 @@ def parts(name: str) -> tuple[Any, Any, Any]:
 
 @functools.cache
 def train(name: str, axes: tuple[int, int, int, int]) -> tuple[list, Any]:
-    """Losses and gradient norms of some steps, and the last state on the host."""
+    """Losses and gradient norms of some steps; the last state, a device's shape of a batch, and
+    how often a step gathers.
+    """
     import jax
     import numpy as np
 
@@ -142,10 +149,12 @@ def train(name: str, axes: tuple[int, int, int, int]) -> tuple[list, Any]:
     step = jit_train_step(train_step(model, optimizer, config), mesh, shardings)
     for n in range(STEPS):
         placed = sharding.to_devices(batch(config, n, name.endswith("packed")), mesh)
+        if not n:
+            step = step.lower(state, placed).compile()
         state, metrics = step(state, placed)
         rows.append([float(metrics[m]) for m in ("train/loss", "train/grad_norm")])
     shard = placed.tokens_BT.addressable_shards[0].data.shape
-    return rows, (state, shard)
+    return rows, (state, shard, step.as_text().count(" all-gather("))
 
 
 def compare(name: str, axes: list[int]) -> dict[str, Any]:
@@ -155,8 +164,8 @@ def compare(name: str, axes: list[int]) -> dict[str, Any]:
 
     from hippocampus.training.optimizer import path_name
 
-    losses, (state, shard) = train(name, tuple(axes))
-    wanted, (one, _) = train(name, (1, 1, 1, 1))
+    losses, (state, shard, gathers) = train(name, tuple(axes))
+    wanted, (one, *_) = train(name, (1, 1, 1, 1))
     far, shards = {}, {}
     for part, tree, other in (("params", state.params, one.params), ("ema", state.ema, one.ema),
                               ("carried", state.carried, one.carried),
@@ -171,7 +180,7 @@ def compare(name: str, axes: list[int]) -> dict[str, Any]:
             shards[f"{part}/{path_name(path)}"] = [a.size, a.addressable_shards[0].data.size]
     worst = max(far, key=lambda path: far[path])
     return {"losses": losses, "wanted": wanted, "worst": [worst, far[worst]], "shard": shard,
-            "shards": shards}
+            "shards": shards, "gathers": gathers}
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tiny_run
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from hippocampus.config import MeshConfig
@@ -20,6 +21,7 @@ from hippocampus.models.build_model import build_model, parameter_shapes
 from hippocampus.training.optimizer import build_optimizer, path_name
 from hippocampus.training.sharding import (
     check_batch,
+    gathers_once,
     make_mesh,
     on_mesh,
     process_rows,
@@ -30,6 +32,8 @@ from hippocampus.training.step import sharded_init, train_step
 SCRIPT = Path(eight_devices.__file__)
 # (data, fsdp, tensor, sequence)
 MESHES = {"data=8": ("attention", (8, 1, 1, 1)),
+          "fsdp=4": ("gathered_once", (1, 4, 1, 1)),
+          "fsdp=4, gathered where used": ("gathered_where_used", (1, 4, 1, 1)),
           "fsdp=2 tensor=2 sequence=2": ("everything", (1, 2, 2, 2)),
           "of an equilibrium": ("equilibrium", (1, 2, 2, 2)),
           "of a chopt": ("chopt", (4, 2, 1, 1)), "of a buu": ("buu_packed", (2, 4, 1, 1))}
@@ -55,6 +59,16 @@ def assert_like_one_device(case: dict) -> None:
 @pytest.mark.parametrize("mesh", MESHES)
 def test_eight_devices_give_the_losses_gradients_and_parameters_of_one(found, mesh):
     assert_like_one_device(found[mesh])
+
+
+def test_parameters_are_gathered_once_a_step_and_not_by_every_use(found):
+    once, used = found["fsdp=4"], found["fsdp=4, gathered where used"]
+    cut = [name for name, (whole, shard) in once["shards"].items()
+           if name.startswith("params/") and shard < whole]
+    # A mixer of one path reads nothing; the backward pass of a micro-batch gathers again.
+    read = [name for name in cut if "mixer" not in name]
+    assert once["gathers"] == len(read) < used["gathers"]
+    assert used["shards"] == once["shards"]
 
 
 @pytest.mark.full
@@ -181,6 +195,17 @@ class Mesh4:
     """Enough of a mesh to ask where an array would lie: no device is needed."""
 
     shape = {"data": 1, "fsdp": 4, "tensor": 2, "sequence": 1}  # noqa: RUF012
+
+
+@pytest.mark.parametrize(("gather", "size", "axes", "once"), [
+    ("auto", 2**28, {"fsdp": 2}, True), ("auto", 2**28 + 1, {"fsdp": 2}, False),
+    ("step", 2**40, {"fsdp": 2}, True), ("use", 1, {"fsdp": 2}, False),
+    ("step", 1, {"data": 2}, False)])
+def test_small_parameters_are_gathered_once_where_they_are_spread(gather, size, axes, once):
+    mesh = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,))
+    params = {"kernel": jax.ShapeDtypeStruct((size,), jnp.float32)}
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert gathers_once(MeshConfig(gather=gather), params) is once
 
 
 RULES = ((r"embedding$", "tensor,fsdp"), (r"out/kernel$", "tensor,-"), (r"kernel$", "fsdp,tensor"))
