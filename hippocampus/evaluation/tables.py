@@ -162,9 +162,13 @@ def csv_text(columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def number(value: float | None, digits: int) -> str:
-    """A number of a table: fixed digits, a power of ten from a million on, "-" for None."""
+    """A number of a table: fixed digits, a power of ten from a million on (a whole number keeps
+    all of its own), "-" for None.
+    """
     if value is None:
         return "-"
     if not math.isfinite(value):
         return str(value)
-    return f"{value:,.{digits}f}" if abs(value) < 1e6 else f"{value:.2e}"
+    if abs(value) < 1e6:
+        return f"{value:,.{digits}f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.2e}"

@@ -83,7 +83,7 @@ def test_unigram_line_of_another_tokenizer_flags_nothing():
 
 @pytest.mark.parametrize(("value", "text"), [
     (None, "-"), (1234.5, "1,234.50"), (0.0, "0.00"), (2e7, "2.00e+07"), (math.inf, "inf"),
-    (math.nan, "nan")])
+    (math.nan, "nan"), (7_636_650, "7,636,650")])
 def test_numbers_are_short_and_honest(value, text):
     assert number(value, 2) == text
 

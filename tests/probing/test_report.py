@@ -26,6 +26,7 @@ from hippocampus.errors import ConfigError
 from hippocampus.evaluation.result_table import Column, ResultTable
 from hippocampus.probing.report import Facts, Listing, Section, write_page, write_report
 from hippocampus.probing.report.blocks import command_line
+from hippocampus.probing.report.curves import training_curves
 from hippocampus.probing.report.series import read_series, thin
 from hippocampus.probing.results import SuiteResult
 
@@ -101,6 +102,19 @@ def test_the_loss_of_a_run_is_drawn_with_the_count_based_lines(page):
     assert text.count("trigram 2.05</text>") == 2  # for a wide and for a narrow screen
     assert "trigram 2.96</text>" in text  # in bits per byte
     assert "Above the picture: uniform 5.55" in text
+
+
+def test_count_based_lines_far_above_the_curves_do_not_flatten_them():
+    """A pretrained decoder begins where no count gets to."""
+    rows = [{"step": step, "train/loss": 3.2 - step / 500, "eval/loss": 3.1}
+            for step in range(10, 110, 10)]
+    plot = training_curves(rows, {"bigram": 7.6605, "trigram": 7.7652}, None).wide
+    assert plot.caption == "Above the picture: bigram 7.66, trigram 7.77 nats."
+    assert "7.66</text>" not in plot.svg
+    near = training_curves(rows, {"bigram": 3.3, "trigram": 3.302}, None).wide
+    heights = [float(re.search(rf' y="([\d.]+)"[^<]*>{name}<', near.svg)[1])
+               for name in ("bigram 3.30", "trigram 3.30")]
+    assert abs(heights[0] - heights[1]) > 7  # texts of as many points
 
 
 def test_a_flagged_row_is_marked_by_more_than_its_colour(page):

@@ -27,6 +27,8 @@ SIZE, WIDE_SIZE = (4.0, 2.7), (8.58, 2.7)
 """Inches of a small picture, and of the same over two columns: both have one height."""
 
 _STEPS = [1, 2, 2.5, 5, 10]  # between ticks
+_FAR = 2  # heights of the curves that a count-based line may lie above them
+_TEXT_HEIGHT = 0.08  # of a line's name, as a share of the axis
 _HALF_WINDOW = 24  # a running mean reaches one part in so many of the points to each side
 
 _NOT_TERMS = ("train/loss", "train/grad_norm", "train/learning_rate", "train/skipped",
@@ -329,21 +331,32 @@ def _rules(axes: Axes, counted: Mapping[str, float], limits: tuple[float, float]
     """A horizontal line for every count-based model that lies inside the axis."""
     from matplotlib.transforms import blended_transform_factory
 
+    if not limits:
+        return
     where = blended_transform_factory(axes.transAxes, axes.transData)
-    for name, value in counted.items():
-        if limits and limits[0] <= value <= limits[1]:
-            axes.axhline(value, color=INK, lw=0.9, ls=(0, (1, 2)), alpha=0.7)
-            axes.text(1.0, value, f"{_plain(name)} {value:.2f}", transform=where, ha="right",
-                      va="bottom", fontsize=7.5, alpha=0.85)
+    inside = {name: value for name, value in counted.items() if limits[0] <= value <= limits[1]}
+    for name, value in inside.items():
+        # Below its line where another one's text would lie on top of it.
+        crowded = any(0 < other - value < _TEXT_HEIGHT * (limits[1] - limits[0])
+                      for other in inside.values())
+        axes.axhline(value, color=INK, lw=0.9, ls=(0, (1, 2)), alpha=0.7)
+        axes.text(1.0, value, f"{_plain(name)} {value:.2f}", transform=where, ha="right",
+                  va="top" if crowded else "bottom", fontsize=7.5, alpha=0.85)
 
 
 def _limits(series: Sequence[Series], counted: Mapping[str, float],
             from_zero: bool = False) -> tuple[float, float]:
-    """What the axis shows: all but the fall of the first steps, and the best count-based line."""
+    """What the axis shows: all but the fall of the first steps, and the best count-based line.
+
+    Not where that line is so far above that the curves would be flat, as of a pretrained decoder.
+    """
     values = list(after_warm_up(series))
     if counted:
         best = min(counted.values())
-        values += [value for value in counted.values() if value <= max([best, *values])]
+        highest = max(values, default=best)
+        reach = highest + _FAR * (highest - min(values, default=best))
+        values += [value for value in counted.values() if value <= max(best, highest)
+                   and value <= reach]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     if from_zero and low >= 0:
         return 0.0, 1.12 * high or 1.0
