@@ -6,8 +6,8 @@ Control:   --config=configs/buu_smollm2.py:lora: low-rank adapters of as many pa
 Files:     a folder of the Hugging Face form, or a .gguf (pip install 'hippocampus[gguf]')
 Data:      data.corpus is a text, or a .jsonl of a mixture (docs/buu.md makes one of FairytaleQA
            and WikiText); or stories with questions, --config.data.form=stories
-Hardware:  one H200: 12 GiB of its memory, 102,000 tokens/s with two more runs beside it (LoRA 15 and
-           69,000)
+Hardware:  one H200: 12 GiB of its memory, 102,000 tokens/s with two more runs beside it (LoRA 15
+           and 69,000)
 Result:    of that mixture, 3 seeds: 1.0736 bits per byte, the decoder alone 1.1388, `:lora` 1.0621
            (better); its memory adds next to nothing: docs/buu.md
 """
