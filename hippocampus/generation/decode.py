@@ -2,7 +2,8 @@
 
 Both are single programs on the device. Chunks have one of a few sizes and caches one of a few
 capacities, so that prompts of any length compile a handful of programs; what the sampler does,
-how many tokens are wanted and where a row ends are traced values.
+how many tokens are wanted and where a row ends are traced values. A text of unknown length begins
+in a small cache and goes on in larger ones (`grow`).
 
 A row is independent of its batch: it has its own position, its own random stream, and ends alone.
 The n-th token of a row is drawn with `fold_in(key of the row, n)`.
@@ -100,6 +101,41 @@ def start(model: Any, variables: Any, prompts: Sequence[Int[np.ndarray, " n"]], 
         state = dataclasses.replace(
             state, cache=state.cache.replace(memory=jax.tree.map(jnp.array, memory)))
     return read(model, variables, state, prompts, skip=skip) if longest else state
+
+
+def grow(model: Any, state: DecodeState, max_length: int, *,
+         passes: int | None = None) -> DecodeState:
+    """The same rows in caches that hold more tokens; what they hold keeps every bit.
+
+    Args:
+      model: an unbound model.
+      state: from `start`, `read` or `write`; it is used up.
+      max_length: tokens that a row looks back to from now on.
+      passes: as for `start`.
+
+    Returns:
+      The state as if `start` had been given this `max_length`: keys and values lie at the
+      beginning of larger rings (`hippocampus.ops.key_cache`). What has the same size for any
+      `max_length`, such as the state of a state-space layer, a full window or a memory, is as it
+      was.
+
+    Raises:
+      ValueError: a cache would shrink; a row has read more tokens than one that grows could hold,
+        so that some are lost; or other passes than those of the state.
+    """
+    larger = jax.eval_shape(lambda: model.init_cache(len(state.done_B), max_length, passes))
+    read = int(state.cache.length_B.max())
+
+    def widen(array: Array, wanted: Any) -> Array:
+        more = [(0, new - old) for old, new in zip(array.shape, wanted.shape, strict=True)]
+        held = [size for size, (_, n) in zip(array.shape, more, strict=True) if n]
+        if any(n < 0 for _, n in more):
+            raise ValueError(f"a cache of {max_length} tokens would be smaller than it is")
+        if any(read > size for size in held):
+            raise ValueError(f"{read} tokens are read and a cache held {min(held)} of them")
+        return jnp.pad(array, more) if held else array
+
+    return dataclasses.replace(state, cache=jax.tree.map(widen, state.cache, larger))
 
 
 def read(model: Any, variables: Any, state: DecodeState,

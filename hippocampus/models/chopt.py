@@ -55,6 +55,11 @@ class CHopTCache:
     decoder: DecoderCache
     memory: MemoryState
 
+    @property
+    def length_B(self) -> Int[Array, " B"]:
+        """Tokens that each row has read."""
+        return self.decoder.length_B
+
 
 class CHopT(AroundDecoder, nn.Module):
     """A decoder and the memory after it; see the module's docstring for the maths.

@@ -2,7 +2,8 @@
 
 A cache holds the last C tokens of a row in a ring: the token at position p lies in slot p mod C.
 What a slot holds follows from how many tokens the row has read, so nothing else is kept. Rows are
-at their own positions.
+at their own positions. Until a row has read more than C, a larger ring holds the same in the same
+slots: padding its end makes a cache larger.
 """
 
 from __future__ import annotations
