@@ -35,8 +35,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--calls", type=int, default=8, help="most of a text")
-    parser.add_argument("--output_characters", type=int, default=4000,
-                        help="of an answer; with --calls the room that a cache keeps for answers")
+    parser.add_argument("--output_characters", type=int, default=4000, help="most of an answer")
     parser.add_argument("--require_call", action="store_true")
     parser.add_argument("--no_constrain", action="store_true")
     flags = parser.parse_args()

@@ -1,7 +1,8 @@
 """A text that is written with tools: write, stop behind a call, ask, read the answer, go on.
 
 The caches stay: behind a call only the tool's answer is read. Drawing stops at every id that could
-end a call, before it is read, so that nothing behind a call ever gets into a cache.
+end a call, before it is read, so that nothing behind a call ever gets into a cache. They begin with
+room for the prompt and grow when they are full: how long answers are is not known before.
 """
 
 from __future__ import annotations
@@ -199,21 +200,19 @@ class _Text:
             raise ConfigError(
                 f"prompt and tools of {len(ids)} tokens and max_new_tokens of {self.left} are "
                 f"more than the model's {longest} learned positions", "give less of one of them")
-        limits = writer.box.limits  # about three characters a token
-        most = len(ids) + self.left + limits.calls * (limits.output_characters // 3 + 64)
-        self._state = decode.start(
-            self.lm.model, self.lm.decode_variables, [ids], memory=memory,
-            max_length=decode.capacity(most, self.lm.context))
+        self._held = len(ids)
+        self._capacity = decode.capacity(self._held, self.lm.context)
+        self._state = decode.start(self.lm.model, self.lm.decode_variables, [ids], memory=memory,
+                                   max_length=self._capacity)
 
     def go_on(self) -> None:
-        """Draws up to an id that could end a call, ends the text, or all that is left."""
+        """Draws up to an id that could end a call, ends the text, or all that one call draws."""
         self._read(self._unread)
-        self._state, drawn = decode.write(
-            self.lm.model, self.lm.decode_variables, self._state, self.seeds,
-            self.writer.request.sampler, int(min(self.left, self._room)), self.writer.pauses)
-        drawn = jax.device_get(drawn)
-        tokens = drawn.tokens_BM[0, :int(drawn.n)].tolist()
-        self._unread = tokens[-1:] if tokens[-1:] and tokens[-1] in self.writer.pauses else []
+        most = int(min(self.left, self._room, decode.TOKENS_PER_CALL))
+        tokens: list[int] = []
+        while len(tokens) < most and not self._unread:
+            tokens += self._write(most - len(tokens))
+            self._unread = [index for index in tokens[-1:] if index in self.writer.pauses]
         self._take(tokens)
 
     def call(self, begins: bool) -> None:
@@ -282,8 +281,29 @@ class _Text:
         return ToolText("".join(self.texts), tuple(self.calls), tuple(self.responses),
                         tuple(self.steps), self.finish, seconds, self.written)
 
+    def _write(self, most: int) -> list[int]:
+        """At least one id and what fits the cache, up to one that could end a call."""
+        self._grow_for(1)
+        if self._capacity < self.lm.context:  # else the oldest tokens make room
+            most = min(most, self._capacity - self._held)
+        self._state, drawn = decode.write(
+            self.lm.model, self.lm.decode_variables, self._state, self.seeds,
+            self.writer.request.sampler, most, self.writer.pauses)
+        drawn = jax.device_get(drawn)
+        tokens: list[int] = drawn.tokens_BM[0, :int(drawn.n)].tolist()
+        self._held += len(tokens) - (tokens[-1] in self.writer.pauses)
+        return tokens
+
+    def _grow_for(self, n: int) -> None:
+        """A cache with room for so many tokens more, at most the model's context."""
+        capacity = decode.capacity(self._held + n, self.lm.context)
+        if capacity > self._capacity:
+            self._state = decode.grow(self.lm.model, self._state, capacity)
+            self._capacity = capacity
+
     def _draw(self, allowed_V: np.ndarray) -> int:
         """One of the ids that are allowed; it is read."""
+        self._grow_for(1)
         logits_BV = self._state.logits_BV
         mask = np.zeros(logits_BV.shape[1], bool)
         mask[:len(allowed_V)] = allowed_V
@@ -292,6 +312,7 @@ class _Text:
         self._state, drawn = decode.write(
             self.lm.model, self.lm.decode_variables, state, self.seeds,
             self.writer.request.sampler, 1, [-1] * len(self.writer.pauses))  # ids that are none
+        self._held += 1
         return int(drawn.tokens_BM[0, 0])
 
     def _take(self, tokens: list[int], drawn: int | None = None) -> None:
@@ -313,6 +334,8 @@ class _Text:
 
     def _read(self, ids: Sequence[int]) -> None:
         if len(ids):
+            self._grow_for(len(ids))
+            self._held += len(ids)
             self._state = decode.read(self.lm.model, self.lm.decode_variables, self._state,
                                       [np.asarray(ids, np.int32)])
         self._unread = []

@@ -16,6 +16,7 @@ import hostile_server
 from tool_models import Script, language_model
 
 from hippocampus.errors import ConfigError, DataError
+from hippocampus.generation import decode
 from hippocampus.serving.calculator import calculate
 from hippocampus.serving.quoting import added_tokens, encode_segments, quote
 from hippocampus.serving.tool_config import ToolLimits, ToolServer
@@ -239,3 +240,29 @@ def test_every_result_of_a_constrained_call_is_the_exact_value_of_its_expression
         value = eval(re.sub(r"\d+", r"Fraction(\g<0>)", expression), {"Fraction": Fraction})
         assert Fraction(answer.output) == value
     assert len({made.content for made, _ in firsts}) > 3
+
+
+@pytest.mark.parametrize("first", ["answer", pytest.param("call", marks=pytest.mark.full)])
+def test_caches_that_grow_within_a_call_or_its_answer_and_a_text_write_what_large_ones_write(
+        lm, sums, monkeypatch, first):
+    pytest.importorskip("llguidance")
+
+    def write(*sizes):
+        grown = []
+        monkeypatch.setattr(decode, "grow", lambda model, state, size: grown.append(size) or
+                            grow(model, state, size))
+        monkeypatch.setattr(decode, "capacity", lambda length, context: next(
+            size for size in (*sizes, lm.context) if size >= length))
+        found = lm.generate_with_tools("Compute.", tools=sums, require_call=True, constrain=True,
+                                       temperature=1.5, seed=3, max_new_tokens=70)
+        return found, grown
+
+    grow = decode.grow
+    whole, grown = write()
+    prompt, call, response, text = (len(step.tokens) for step in whole.trace)
+    assert grown == [] and min(call, response, text) > 20
+    small = prompt + (call // 2 if first == "call" else call + response // 2)
+    larger = prompt + call + response + text // 2
+    found, grown = write(small, larger)
+    assert grown == [larger, lm.context]
+    assert found.tokens == whole.tokens
