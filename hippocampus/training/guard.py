@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float
 
 from hippocampus.config import GuardConfig
 from hippocampus.data.batches import Batch
-from hippocampus.training.optimizer import path_name
+from hippocampus.training.sharding import path_name
 
 Guard = dict[str, Array]
 """skipped, in_a_row: int32; with the spike rule window: float32 [2, W] of loss and gradient norm

@@ -9,6 +9,7 @@ import jax
 import optax
 
 from hippocampus.config import OptimizerConfig
+from hippocampus.training.sharding import path_name
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -88,8 +89,3 @@ def decay_mask(params: Any, no_decay: tuple[str, ...]) -> Any:
     patterns = [re.compile(pattern) for pattern in no_decay]
     return jax.tree.map_with_path(
         lambda path, _: not any(p.search(path_name(path)) for p in patterns), params)
-
-
-def path_name(path: tuple) -> str:
-    """A key path of a tree as "layers_0/ssm/in/kernel"."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")

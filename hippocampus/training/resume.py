@@ -18,7 +18,8 @@ from hippocampus.errors import ConfigError, DataError
 from hippocampus.models.build_model import build_model
 from hippocampus.runs.run_folder import RunFolder
 from hippocampus.training.equilibrium import has_curriculum
-from hippocampus.training.optimizer import build_optimizer, path_name
+from hippocampus.training.optimizer import build_optimizer
+from hippocampus.training.sharding import path_name
 from hippocampus.training.state import init_state
 
 MAY_CHANGE = ("name", "train.steps", "train.epochs", "train.grad_accumulation",

@@ -24,7 +24,6 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from hippocampus.config import MESH_AXES, MeshConfig
 from hippocampus.errors import ConfigError
-from hippocampus.training.optimizer import path_name
 
 BATCH_AXES = ("data", "fsdp")
 
@@ -152,6 +151,11 @@ def constrain_parameters(tree: Any, config: MeshConfig, *, gathered: bool) -> An
 
 def _without_fsdp(axes: str) -> str:
     return "+".join(axis for axis in axes.split("+") if axis.strip() != "fsdp") or "-"
+
+
+def path_name(path: tuple) -> str:
+    """A key path of a tree as "layers_0/ssm/in/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def batch_sharding(mesh: Mesh, n_dimensions: int = 2) -> NamedSharding:
