@@ -12,6 +12,13 @@ import sys
 _SETTINGS = ((-8, 1), (-4, 0), (-1, 2**31 - 1))
 
 
+def expects_accelerator() -> bool:
+    """Whether JAX will look for an accelerator; JAX is not imported to know it."""
+    installed = (importlib.util.find_spec("libtpu")
+                 or importlib.metadata.entry_points(group="jax_plugins"))
+    return os.environ.get("JAX_PLATFORMS", "" if installed else "cpu") != "cpu"
+
+
 def keep_freed_memory() -> bool:
     """Lets the C library keep what XLA frees, on a machine without an accelerator.
 
@@ -24,9 +31,7 @@ def keep_freed_memory() -> bool:
     Returns:
       Whether it did anything; without glibc it cannot.
     """
-    accelerated = (importlib.util.find_spec("libtpu")
-                   or importlib.metadata.entry_points(group="jax_plugins"))
-    if os.environ.get("JAX_PLATFORMS", "" if accelerated else "cpu") != "cpu":
+    if expects_accelerator():
         return False
     if not sys.platform.startswith("linux") or "MALLOC_ARENA_MAX" in os.environ:
         return False

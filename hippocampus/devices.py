@@ -179,14 +179,14 @@ def resolve(config: Config, device: Device | None = None,
     config = with_fields(config, {name: best[name] for name in decided})
     _check_backends(config, device, choice.attention)
     if device.platform != "cpu" or "pallas" in (fields(config)[name] for name in scans):
-        _import_kernels()
+        import_kernels()
     if "model.max_length" in known:
         length = known["model.max_length"] or config.data.context
         config = with_fields(config, {"model.max_length": length})
     return config, decided
 
 
-def _import_kernels() -> None:
+def import_kernels() -> None:
     """Imports what kernels are written in, before anything that calls them is traced.
 
     It brings settings of its own to JAX. Imported in the middle of a trace it would make the

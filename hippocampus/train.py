@@ -46,10 +46,14 @@ def main(arguments: Sequence[str]) -> None:
 
             sys.stdout.write(describe(config))
         else:
-            from hippocampus.training.loop import fit
+            from hippocampus.training.head_start import begin
+
+            ahead = None if flags.profile is not None else begin(config, flags.workdir)
+            from hippocampus.training.loop import fit  # takes long: see head_start
 
             fit(config, flags.workdir, stop=stop, watcher=_profiler(flags.profile),
-                allow_changes=[name for name in flags.allow_change.split(",") if name])
+                allow_changes=[name for name in flags.allow_change.split(",") if name],
+                head_start=ahead)
 
 
 def _profiler(steps: int | None) -> Any:

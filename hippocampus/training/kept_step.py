@@ -4,7 +4,8 @@ JAX's cache (hippocampus.compilation_cache) is asked for a program only after it
 lowered, which takes 12 s for the main model. Here a file holds the lowered step (jax.export) under
 a digest of all that a trace can depend on: the config, this package's code and every other module
 that does not lie with the installed ones, the versions of those, JAX's settings, the mesh and the
-devices. Reading and compiling it begins beside everything else that a start does. What does not
+devices. Reading and compiling it begins beside everything else that a start does, before most of
+the framework is imported (hippocampus.training.head_start): this module needs little. What does not
 fit, is damaged or cannot be read is as if it were not there: the step is traced, and kept for the
 next start.
 
@@ -20,12 +21,13 @@ import json
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import xxhash
@@ -36,11 +38,13 @@ from hippocampus import xla_flags
 from hippocampus.compilation_cache import private_folder
 from hippocampus.config import Config
 from hippocampus.config_files import to_json
-from hippocampus.data.batches import Batch
 from hippocampus.files import write_atomically
 from hippocampus.training import sharding
-from hippocampus.training.state import TrainState
-from hippocampus.training.step import Metrics, TrainStep
+
+if TYPE_CHECKING:
+    from hippocampus.data.batches import Batch
+    from hippocampus.training.state import TrainState
+    from hippocampus.training.step import Metrics, TrainStep
 
 KEPT = 8
 """Files; those used last."""
@@ -57,34 +61,67 @@ _NOT_ABOUT_PROGRAMS = ("HIPPOCAMPUS_CACHE", "HIPPOCAMPUS_COMPILATION_CACHE",
                        "JAX_COMPILATION_CACHE_DIR")
 
 
-def kept_step(config: Config, mesh: Mesh) -> KeptStep | None:
+@dataclass(frozen=True)
+class Process:
+    """What a trace can depend on besides the config and the devices.
+
+    Attributes:
+      settings: JAX's.
+      variables: of the environment.
+      modules: files of the user's code that is imported, besides this package.
+    """
+
+    settings: Mapping[str, str]
+    variables: Mapping[str, str]
+    modules: frozenset[Path]
+
+    @classmethod
+    def now(cls) -> Process:
+        """This one, as it is."""
+        return cls({name: str(value) for name, value in sorted(jax.config.values.items())
+                    if "cache" not in name},
+                   {name: value for name, value in sorted(os.environ.items())
+                    if name.startswith(_VARIABLES) and name not in _NOT_ABOUT_PROGRAMS},
+                   frozenset(_modules_of_the_user()))
+
+    @functools.cached_property
+    def code(self) -> str | None:
+        """A digest of all code that a trace may run; None where some of it lies in no file."""
+        return _digest_of_code(self.modules)
+
+
+def kept_step(config: Config, mesh: Mesh, process: Process | None = None,
+              begun: KeptStep | None = None) -> KeptStep | None:
     """The step of an earlier start with the same config, code and devices, or a place for it.
 
     Args:
       config: resolved; with the rest of the process it says what the step computes.
       mesh: that it runs on.
+      process: the rest; default: as it is now.
+      begun: one that is being read already; it is taken if it is this step, else left alone.
 
     Returns:
       None where nothing can be kept: with several processes, without a folder for compiled
       programs, or in a notebook, a test or a shell, where code need not lie in files.
     """
     folder = private_folder()
-    if folder is None or jax.process_count() > 1 or (code := _digest_of_code()) is None:
+    process = process or Process.now()
+    if folder is None or jax.process_count() > 1 or process.code is None:
         return None
-    parts = {"code": code, "config": to_json(config, ()), "devices": _about(mesh),
-             "settings": {name: str(value) for name, value in sorted(jax.config.values.items())
-                          if "cache" not in name},
-             "variables": {name: value for name, value in sorted(os.environ.items())
-                           if name.startswith(_VARIABLES) and name not in _NOT_ABOUT_PROGRAMS}}
+    parts = {"code": process.code, "config": to_json(config, ()), "devices": _about(mesh),
+             "settings": process.settings, "variables": process.variables}
     name = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    return KeptStep(folder / "steps" / name, mesh)
+    path = folder / "steps" / name
+    return begun if begun is not None and begun.path == path else KeptStep(path, mesh)
 
 
 class KeptStep:
     """A training step whose lowered form is read from a file, or written there at its first call.
 
     Attributes:
+      path: of the file.
       is_there: whether an earlier start has kept it.
+      is_lowered: set when what is left of the reading is XLA's, which needs no Python.
     """
 
     def __init__(self, path: Path, mesh: Mesh):
@@ -94,9 +131,10 @@ class KeptStep:
           path: the file.
           mesh: of the devices that the step runs on.
         """
-        self._path, self._mesh = path, mesh
+        self.path, self._mesh = path, mesh
         self._program: Any = None
         self._reading: Future = Future()
+        self.is_lowered = Event()
         self.is_there = path.is_file()
         # No daemon: Python must not end while a compiler's thread still runs.
         Thread(target=self._read, name="reads the step").start()
@@ -122,12 +160,13 @@ class KeptStep:
         """Gives the header and the compiled program, or None."""
         found = None
         with contextlib.suppress(Exception):  # whatever it is, the step can be traced
-            first, _, payload = self._path.read_bytes().partition(b"\n")
+            first, _, payload = self.path.read_bytes().partition(b"\n")
             header = json.loads(first)
             if header["digest"] == xxhash.xxh3_64_hexdigest(payload):
                 found = header, self._compile(export.deserialize(bytearray(payload)),
                                               header["donated"])
-                os.utime(self._path)
+                os.utime(self.path)
+        self.is_lowered.set()
         self._reading.set_result(found)
 
     def _find(self, state: TrainState, batch: Batch) -> Any:
@@ -159,9 +198,9 @@ class KeptStep:
         header = {"digest": xxhash.xxh3_64_hexdigest(payload), "donated": donated,
                   "arguments": _signature(state, batch), "metrics": metrics}
         with contextlib.suppress(OSError):
-            self._path.parent.mkdir(mode=0o700, exist_ok=True)
-            write_atomically(self._path, json.dumps(header).encode() + b"\n" + payload)
-            _drop_old(self._path.parent)
+            self.path.parent.mkdir(mode=0o700, exist_ok=True)
+            write_atomically(self.path, json.dumps(header).encode() + b"\n" + payload)
+            _drop_old(self.path.parent)
         return _with_trees(self._compile(exported, donated), results[0])
 
     def _compile(self, exported: export.Exported, donated: int) -> Any:
@@ -172,8 +211,10 @@ class KeptStep:
             aval.shape, aval.dtype, sharding=found if aval.ndim else whole)
             for aval, found in zip(exported.in_avals, exported.in_shardings_jax(self._mesh),
                                    strict=True)]
-        return jax.jit(exported.call, donate_argnums=range(donated),
-                       compiler_options=options or None).lower(*arguments).compile()
+        lowered = jax.jit(exported.call, donate_argnums=range(donated),
+                          compiler_options=options or None).lower(*arguments)
+        self.is_lowered.set()
+        return lowered.compile()
 
 
 def waits_for(step: TrainStep) -> str:
@@ -211,15 +252,15 @@ def _about(mesh: Mesh) -> list[str]:
             devices[0].client.platform_version]
 
 
-def _digest_of_code() -> str | None:
-    """Of all code that a trace may run; None where some of it lies in no file."""
+def _digest_of_code(modules: Iterable[Path]) -> str | None:
+    """Of this package, imported or not, and modules; None where some code lies in no file."""
     main = sys.modules["__main__"]
     given = sys.orig_argv[:sys.orig_argv.index("-c") + 2] if "-c" in sys.orig_argv else []
     file = _file(main)
     if not given and (file is None or not _is_known(file)):
         return None
     digest = hashlib.sha256("\0".join(given).encode())
-    for path in sorted(set(_own_code())):
+    for path in sorted({*_PACKAGE.rglob("*.py"), *modules}):
         digest.update(f"{path}\0".encode() + path.read_bytes())
     for name in sorted(_installed_versions()):
         digest.update(f"{name}\0".encode())
@@ -235,28 +276,40 @@ def _installed_versions() -> Iterator[str]:
                         if entry.name.endswith((".dist-info", ".egg-info")))
 
 
-def _own_code() -> Iterator[Path]:
-    """This package's files, imported or not, and those of every other module of the user's."""
-    yield from _PACKAGE.rglob("*.py")
+def _modules_of_the_user() -> Iterator[Path]:
+    """Files of all modules that came neither with Python, nor a package, nor this one."""
     for module in list(sys.modules.values()):
         path = _file(module)
-        if path is not None and not _is_installed(path) and path.is_file():
-            yield path
+        if path is not None and not _is_ours(path) and not _is_installed(path) and (
+                os.path.isfile(path)):
+            yield Path(path)
 
 
-def _file(module: ModuleType) -> Path | None:
+def _file(module: ModuleType) -> str | None:
     name = getattr(module, "__file__", None)
-    return Path(os.path.realpath(name)) if isinstance(name, str) else None
+    if not isinstance(name, str):
+        return None
+    folder, name = os.path.split(name)
+    path = os.path.join(_real(folder), name)
+    return os.path.realpath(path) if os.path.islink(path) else path
 
 
-def _is_known(path: Path) -> bool:
+# There are some 1,600 modules in 200 folders; pathlib is too slow for so many too.
+_real = functools.cache(os.path.realpath)
+
+
+def _is_known(path: str) -> bool:
     """Whether the digest covers a program: a verb of this package, or a script of the user's."""
-    return path.is_relative_to(_PACKAGE) or not _is_installed(path)
+    return _is_ours(path) or not _is_installed(path)
 
 
-def _is_installed(path: Path) -> bool:
+def _is_ours(path: str) -> bool:
+    return path.startswith(os.path.join(_PACKAGE, ""))
+
+
+def _is_installed(path: str) -> bool:
     """Whether a version number stands for a file: it came with Python or a package."""
-    return str(path).startswith(_installed_places()) or not _INSTALLED.isdisjoint(path.parts)
+    return path.startswith(_installed_places()) or not _INSTALLED.isdisjoint(path.split(os.sep))
 
 
 @functools.cache

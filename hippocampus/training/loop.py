@@ -25,7 +25,7 @@ from hippocampus.config import Config
 from hippocampus.config_files import fields
 from hippocampus.data.batches import Batch
 from hippocampus.data.prefetch import prefetch
-from hippocampus.devices import check_deterministic, resolve
+from hippocampus.devices import resolve
 from hippocampus.errors import Diverged, HippocampusError, Stopped
 from hippocampus.files import write_atomically
 from hippocampus.models.build_model import build_model
@@ -41,6 +41,7 @@ from hippocampus.training.clock import Clock, summary
 from hippocampus.training.console import RunConsole
 from hippocampus.training.data import read_data, with_steps
 from hippocampus.training.guard import released, statistics_of, zeros_like
+from hippocampus.training.head_start import HeadStart, run_folder, settle
 from hippocampus.training.kept_step import KeptStep, kept_step, waits_for
 from hippocampus.training.opening import from_files, open_folder, with_architecture
 from hippocampus.training.optimizer import build_optimizer
@@ -63,7 +64,7 @@ from hippocampus.training.watchdog import Watchdog
 
 def fit(config: Config, workdir: str | Path | None = None, *,
         allow_changes: Collection[str] = (), stop: StopSignal | None = None,
-        watcher: StepWatcher | None = None) -> Path:
+        watcher: StepWatcher | None = None, head_start: HeadStart | None = None) -> Path:
     """Trains, or goes on training, until `train.steps`.
 
     Args:
@@ -74,6 +75,7 @@ def fit(config: Config, workdir: str | Path | None = None, *,
       stop: entered already, by a process that belongs to this run; default: one of this call, that
         raises `Stopped`.
       watcher: looks at the steps (`hippocampus.profiling.profiler.Profiler`).
+      head_start: of this config, begun before this module was imported.
 
     Returns:
       The run folder.
@@ -88,7 +90,7 @@ def fit(config: Config, workdir: str | Path | None = None, *,
     started = time.perf_counter()
     with contextlib.ExitStack() as context:
         stop = stop or context.enter_context(StopSignal())
-        return _fit(config, workdir, allow_changes, stop, started, watcher)
+        return _fit(config, workdir, allow_changes, stop, started, watcher, head_start)
 
 
 @dataclass(frozen=True)
@@ -108,18 +110,14 @@ class _Job:
 
 
 def _fit(config: Config, workdir: str | Path | None, allow_changes: Collection[str],
-         stop: StopSignal, started: float, watcher: StepWatcher | None) -> Path:
-    folder = RunFolder.at(workdir or Path("checkpoints") / config.name)
+         stop: StopSignal, started: float, watcher: StepWatcher | None,
+         head_start: HeadStart | None) -> Path:
+    folder = run_folder(config, workdir)
     first = distributed.is_first()  # the one process that writes and prints
     if first:
         folder.check_usable()
     config = with_architecture(config)
-    resolve(config)  # refuses what this device lacks before anything is read
-    check_deterministic(config)
-    mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(mesh, config.train.batch_size, "train.batch_size",
-                         config.train.grad_accumulation)
-    sharding.check_batch(mesh, config.eval.batch_size, "eval.batch_size")
+    _, mesh = settle(config)  # refuses what this device lacks before anything is read
     distributed.check_same({
         "hippocampus": __version__, "jax": jax.__version__, "workdir": str(folder.path),
         "local devices": len(jax.local_devices()), **fields(config)})
@@ -128,7 +126,9 @@ def _fit(config: Config, workdir: str | Path | None, allow_changes: Collection[s
     config = with_steps(dataclasses.replace(config, model=dataclasses.replace(
         config.model, vocab_size=data.tokenizer.vocab_size)), data)
     config, automatic = resolve(config)
-    kept = None if watcher else kept_step(config, mesh)  # which reads while the rest is made
+    kept = None
+    if not watcher:  # it reads while the rest is made
+        kept = head_start.kept_step(config, mesh) if head_start else kept_step(config, mesh)
     model = build_model(config)
 
     console = RunConsole(config.train.steps, quiet=not first)

@@ -18,7 +18,15 @@ from hippocampus.training.kept_step import KeptStep
 
 SMALL = {"model__paths": ("ssm",), "model__n_layers": 1, "train__steps": 2,
          "log__every_steps": 1, "eval__max_windows": 1, "sample__max_new_tokens": 1}
-LISTENING = """import jax
+LISTENING = """import sys, threading
+import jax
+class Told(threading.Thread):
+    def start(self):
+        if self.name == "reads the step":
+            print("@ reading_begins_after_the_framework",
+                  "hippocampus.training.loop" in sys.modules, "step")
+        super().start()
+threading.Thread = Told
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, seconds, **about: print("@", event.rsplit("/", 1)[-1], about.get("fun_name")))
 from hippocampus.train import main
@@ -34,7 +42,7 @@ def start(workdir: Path, folder: Path) -> list[str]:
         [sys.executable, "-c", LISTENING, *arguments], capture_output=True, text=True,
         env={**tiny_run.environment(), "JAX_COMPILATION_CACHE_DIR": str(folder)})
     assert done.returncode == 0, done.stderr
-    return [line.split()[1] for line in done.stdout.splitlines()
+    return [" ".join(line.split()[1:-1]) for line in done.stdout.splitlines()
             if line.startswith("@") and line.split()[-1] in ("step", "jit(step)")]
 
 
@@ -42,7 +50,8 @@ def test_a_later_start_traces_no_step(tmp_path):
     folder = tmp_path / "compiled"
     folder.mkdir(mode=0o700)
     assert "jaxpr_trace_duration" in start(tmp_path / "one", folder)
-    assert start(tmp_path / "two", folder) == []
+    # Read once, and before most of the framework is imported.
+    assert start(tmp_path / "two", folder) == ["reading_begins_after_the_framework False"]
     rows = [[{name: value for name, value in row.items() if name in ("step", "train/loss")}
              for row in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("one", "two")]
     assert rows[0] == rows[1] and len(rows[0]) > 1
@@ -121,37 +130,37 @@ def test_the_digest_is_that_of_all_code_outside_of_packages(tmp_path, monkeypatc
     monkeypatch.syspath_prepend(tmp_path)
     path = tmp_path / "my_layers_of_a_test.py"
     path.write_text("x = 1\n")
-    before = kept_step._digest_of_code()
+    before = kept_step.Process.now().code
     __import__(path.stem)
     monkeypatch.delitem(sys.modules, path.stem, raising=False)
-    assert kept_step._digest_of_code() == before
+    assert kept_step.Process.now().code == before
     __import__(path.stem)
-    imported = kept_step._digest_of_code()
+    imported = kept_step.Process.now().code
     path.write_text("x = 2\n")
-    changed = kept_step._digest_of_code()
+    changed = kept_step.Process.now().code
     monkeypatch.setattr(sys, "orig_argv", ["python", "-c", "patch(); train()"])
-    assert len({before, imported, changed, kept_step._digest_of_code()}) == 4
+    assert len({before, imported, changed, kept_step.Process.now().code}) == 4
 
 
 def test_another_version_of_a_package_is_another_digest(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "orig_argv", ["python", "-c", "train()"])
     monkeypatch.syspath_prepend(tmp_path)
-    digests = [kept_step._digest_of_code()]
+    digests = [kept_step.Process.now().code]
     for version in ("1.0", "1.1"):
         (tmp_path / f"some_package-{version}.dist-info").mkdir()
-        digests.append(kept_step._digest_of_code())
+        digests.append(kept_step.Process.now().code)
         (tmp_path / f"some_package-{version}.dist-info").rmdir()
-    assert len(set(digests)) == 3 and kept_step._digest_of_code() == digests[0]
+    assert len(set(digests)) == 3 and kept_step.Process.now().code == digests[0]
 
 
 def test_settings_and_config_are_part_of_the_name(tmp_path, monkeypatch):
     (tmp_path / "xla").mkdir(mode=0o700)
     monkeypatch.setattr(kept_step, "private_folder", lambda: tmp_path / "xla")
-    monkeypatch.setattr(kept_step, "_digest_of_code", lambda: "the same")
+    monkeypatch.setattr(kept_step, "_digest_of_code", lambda modules: "the same")
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
 
     def name(config):
-        return kept_step.kept_step(config, mesh)._path.name
+        return kept_step.kept_step(config, mesh).path.name
 
     config = tiny_run.config()
     names = [name(config), name(tiny_run.config(loss__label_smoothing=0.1))]
@@ -166,7 +175,7 @@ def test_settings_and_config_are_part_of_the_name(tmp_path, monkeypatch):
 def test_nothing_is_kept_where_code_need_not_lie_in_files(monkeypatch):
     # This test, for one: it may have replaced anything.
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "pytest"])
-    assert kept_step._digest_of_code() is None
+    assert kept_step.Process.now().code is None
 
 
 def test_only_the_newest_files_stay(made, tmp_path, monkeypatch):
