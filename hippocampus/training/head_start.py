@@ -16,7 +16,6 @@ It knows the config as it is written. Where the data change it (the size of a vo
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 from concurrent.futures import Future
 from pathlib import Path
@@ -123,7 +122,7 @@ class HeadStart:
 
     def _begin(self) -> None:
         begun = None
-        with contextlib.suppress(Exception):  # the run does the same, and says what is wrong
+        try:
             platform = jax.devices()[0].platform
             self._devices.set()
             self._imported.wait()
@@ -132,5 +131,8 @@ class HeadStart:
             if not hasattr(self._config.model, "backbone") and (
                     self._kernels or platform == "cpu"):
                 begun = kept_step(*settle(self._config), self._process)
-        self._devices.set()
-        self._begun.set_result(begun)
+        except Exception:  # the run does the same, and says what is wrong
+            pass
+        finally:  # whatever came: the main thread waits for these
+            self._devices.set()
+            self._begun.set_result(begun)

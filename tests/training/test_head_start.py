@@ -110,7 +110,13 @@ def test_devices_that_fail_are_left_for_the_run_to_say(folder, config, monkeypat
         raise RuntimeError("no such device")
 
     monkeypatch.setattr(jax, "devices", fail)
+    said = []
+    monkeypatch.setattr(threading, "excepthook", said.append)
     assert HeadStart(config)._begun.result(timeout=60) is None
+    for thread in threading.enumerate():
+        if thread.name == "head start":
+            thread.join()
+    assert not said
 
 
 def test_kernels_that_were_not_expected_are_left_to_the_main_thread(folder, config, monkeypatch):
