@@ -162,7 +162,7 @@ def compare(name: str, axes: list[int]) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from hippocampus.training.optimizer import path_name
+    from hippocampus.training.sharding import path_name
 
     losses, (state, shard, gathers) = train(name, tuple(axes))
     wanted, (one, *_) = train(name, (1, 1, 1, 1))

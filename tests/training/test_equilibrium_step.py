@@ -12,7 +12,8 @@ import tiny_run
 from hippocampus.data.batches import Batch
 from hippocampus.devices import resolve
 from hippocampus.models.build_model import build_model
-from hippocampus.training.optimizer import build_optimizer, path_name
+from hippocampus.training.optimizer import build_optimizer
+from hippocampus.training.sharding import path_name
 from hippocampus.training.state import TrainState, init_state
 from hippocampus.training.step import train_step
 

@@ -18,12 +18,13 @@ from hippocampus.config import MeshConfig
 from hippocampus.devices import resolve
 from hippocampus.errors import ConfigError
 from hippocampus.models.build_model import build_model, parameter_shapes
-from hippocampus.training.optimizer import build_optimizer, path_name
+from hippocampus.training.optimizer import build_optimizer
 from hippocampus.training.sharding import (
     check_batch,
     gathers_once,
     make_mesh,
     on_mesh,
+    path_name,
     process_rows,
     tree_shardings,
 )
