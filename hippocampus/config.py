@@ -265,10 +265,10 @@ class MeshConfig:
     fsdp: int = count(1, "size over which parameters and batch are sharded")
     tensor: int = count(1, "size over which heads and widths are split")
     sequence: int = count(1, "size over which the time axis is split")
-    gather: str = setting("auto", "when parameters that fsdp spreads are gathered: where they are "
+    gather: str = setting("small", "when parameters that fsdp spreads are gathered: where they are "
                           "used (least memory), once a step (fewest meetings of the devices), or "
-                          "auto: once where all of them take at most 1 GiB",
-                          choices=("auto", "step", "use"))
+                          "small: once a step where all of them take at most 1 GiB",
+                          choices=("small", "step", "use"))
     rules: tuple[tuple[str, str], ...] = setting(
         ((r"embedding$|head$", "tensor,fsdp"), (r"(out|down|select)/kernel$", "tensor,fsdp"),
          (r"embedding_up/kernel$", "-,tensor+fsdp"), (r"head_down$", "tensor+fsdp,-"),

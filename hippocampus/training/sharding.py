@@ -28,7 +28,7 @@ from hippocampus.errors import ConfigError
 BATCH_AXES = ("data", "fsdp")
 
 _GATHERED_WHOLE = 2**30
-"""Bytes of parameters up to which `mesh.gather="auto"` gathers them once a step."""
+"""Bytes of parameters up to which `mesh.gather="small"` gathers them once a step."""
 
 Function = TypeVar("Function", bound=Callable)
 

@@ -199,7 +199,7 @@ class Mesh4:
 
 
 @pytest.mark.parametrize(("gather", "size", "axes", "once"), [
-    ("auto", 2**28, {"fsdp": 2}, True), ("auto", 2**28 + 1, {"fsdp": 2}, False),
+    ("small", 2**28, {"fsdp": 2}, True), ("small", 2**28 + 1, {"fsdp": 2}, False),
     ("step", 2**40, {"fsdp": 2}, True), ("use", 1, {"fsdp": 2}, False),
     ("step", 1, {"data": 2}, False)])
 def test_small_parameters_are_gathered_once_where_they_are_spread(gather, size, axes, once):
