@@ -77,24 +77,23 @@ def work(config: str, workdir: Path, overrides: Mapping[str, str]) -> int:
 
 def score(workdir: Path) -> dict[str, Any]:
     """The best step's loss over the whole validation split, and what the run was."""
-    import jax
-
     from hippocampus.config_files import read_json
     from hippocampus.evaluation.stand_alone import Request, evaluate_run
-    from hippocampus.models.build_model import build_model
+    from hippocampus.models.build_model import build_model, count_parameters
     from hippocampus.models.flops import training_flops_per_token
-    from hippocampus.models.halves import trained_shapes
+    from hippocampus.models.trained_share import trained_share
     from hippocampus.runs.run_folder import environment, read_metrics
 
     config, _ = read_json(workdir / "config.json")
+    model = build_model(config)
+    share = trained_share(model, config)
     weights = "ema" if config.ema.decay else "raw"
     report, _ = evaluate_run(workdir, Request(weights=weights))
     row = next(row for row in report.table.rows if row.weights)
     metrics = read_metrics(workdir / "metrics.jsonl")
     sweeps = [row["solver/iterations"] for row in metrics if "solver/iterations" in row]
     return {"loss": row.nats_per_token, "step": report.about["step"], "weights": row.weights,
-            "trained": sum(leaf.size for leaf in
-                           jax.tree.leaves(trained_shapes(build_model(config)))),
+            "trained": share.trained if share else count_parameters(model),
             "flops_per_token": training_flops_per_token(config),
             "learning_rate": config.optimizer.learning_rate, "steps": config.train.steps,
             "tokens": config.train.steps * config.train.batch_size * config.data.context,

@@ -136,13 +136,17 @@ def gathers_once(config: MeshConfig, params: Any) -> bool:
 
 
 def constrain_parameters(tree: Any, config: MeshConfig, *, gathered: bool) -> Any:
-    """Parameters or gradients, inside a jitted function, laid out by the rules.
+    """Parameters or their gradients, inside a jitted function, laid out by the rules.
+
+    They stay as they are where a step does not gather once (`gathers_once`).
 
     Args:
       tree: on the mesh that is around.
-      config: `rules`.
+      config: `rules` and `gather`.
       gathered: whole over the fsdp axis.
     """
+    if not gathers_once(config, tree):
+        return tree
     mesh = jax.sharding.get_abstract_mesh()
     rules = tuple((pattern, ",".join(_without_fsdp(part) for part in axes.split(",")))
                   for pattern, axes in config.rules) if gathered else config.rules

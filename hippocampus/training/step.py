@@ -45,9 +45,7 @@ def train_step(model: Any, optimizer: optax.GradientTransformation, config: Conf
             return total, ({**sums, **model.statistics(out, batch.loss_weight_BT)}, after)
 
         grads, (sums, after) = jax.grad(loss, has_aux=True)(params)
-        if sharding.gathers_once(config.mesh, params):
-            grads = sharding.constrain_parameters(grads, config.mesh, gathered=False)
-        return grads, sums, after
+        return sharding.constrain_parameters(grads, config.mesh, gathered=False), sums, after
 
     # To trace a model takes seconds. Inlined, its shapes and the loop's body share one trace.
     traced_once = jax.jit(gradients, inline=True)
@@ -76,9 +74,7 @@ def train_step(model: Any, optimizer: optax.GradientTransformation, config: Conf
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         progress = state.step / config.train.steps
-        params = state.params
-        if sharding.gathers_once(config.mesh, params):
-            params = sharding.constrain_parameters(params, config.mesh, gathered=True)
+        params = sharding.constrain_parameters(state.params, config.mesh, gathered=True)
         grads, sums, carried = (gradients if k == 1 else accumulate)(
             params, state.frozen, batch, state.carried, key, progress)
         weight = jnp.maximum(sums.pop("weight"), 1.0)

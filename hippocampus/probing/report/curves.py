@@ -355,8 +355,7 @@ def _limits(series: Sequence[Series], counted: Mapping[str, float],
         best = min(counted.values())
         highest = max(values, default=best)
         reach = highest + _FAR * (highest - min(values, default=best))
-        values += [value for value in counted.values() if value <= max(best, highest)
-                   and value <= reach]
+        values += [value for value in counted.values() if value <= min(max(best, highest), reach)]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     if from_zero and low >= 0:
         return 0.0, 1.12 * high or 1.0
