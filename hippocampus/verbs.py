@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from hippocampus import distributed
+from hippocampus import distributed, xla_flags
 from hippocampus.compilation_cache import use_compilation_cache
 from hippocampus.errors import (
     EXIT_BUG,
@@ -69,6 +69,7 @@ def run_verb(main: Callable[[Sequence[str]], Any], arguments: Sequence[str] | No
     debug = "--debug" in arguments
     warnings.showwarning = _show_warning
     use_compilation_cache()
+    xla_flags.leave_out_tracebacks()
     try:
         main(arguments)
         distributed.finish()

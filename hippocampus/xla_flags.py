@@ -16,6 +16,9 @@ NAMED_KERNELS = "--xla_gpu_enable_command_buffer="
 """No command buffers (CUDA graphs): kernels that are launched in one go have no names in a trace.
 Launching them one by one takes the host longer, which may show as idle time between kernels."""
 
+TRACEBACKS = "JAX_TRACEBACK_IN_LOCATIONS_LIMIT"
+"""JAX's variable for how many calls of Python stand beside each instruction of a program."""
+
 Option = str | bool | int
 
 
@@ -31,6 +34,19 @@ def prepare(*flags: str) -> None:
 def asked(flag: str) -> bool:
     """Whether `XLA_FLAGS` has it."""
     return flag in os.environ.get("XLA_FLAGS", "").split()
+
+
+def leave_out_tracebacks() -> None:
+    """Programs keep the names of their layers, but not the Python calls behind each instruction.
+
+    XLA puts the calls into words when it loads a program for a GPU: 1 to 4 s of a start for the
+    main model's step, whose instructions are 54,000. `TRACEBACKS`=100 brings them back, to see
+    lines of code in what XLA dumps.
+    """
+    import jax
+
+    if TRACEBACKS not in os.environ:
+        jax.config.update(TRACEBACKS.lower(), 0)
 
 
 def compiler_options(platform: str, n_devices: int) -> dict[str, Option]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
 import os
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -86,7 +88,14 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, first_step: int):
-        """Begins a new event file; events from `first_step` on of an earlier start are dropped."""
+        """Begins a new event file; events from `first_step` on of an earlier start are dropped.
+
+        tensorboardX is imported here, before the first step: at its first row the device would
+        wait. Where PyTorch is installed, tensorboardX imports it with itself, for nothing that is
+        used here: 4 s, and libraries of CUDA beside JAX's own.
+        """
+        with _absent("torch"):
+            import tensorboardX  # noqa: F401
         self._folder, self._first_step = folder, first_step
         self._file: Any = None
         self._flushed = time.monotonic()
@@ -147,6 +156,19 @@ class TensorBoard:
         file.write_event(Event(wall_time=time.time(), step=self._first_step,
                                session_log=SessionLog(status=SessionLog.START)))
         return file
+
+
+@contextlib.contextmanager
+def _absent(package: str) -> Iterator[None]:
+    """A context in which a package that is not imported yet is as if it were not installed."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
 
 
 class WeightsAndBiases:

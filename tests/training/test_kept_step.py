@@ -1,5 +1,6 @@
 """The compiled step of an earlier start is found again, and only where it is the same step."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -36,12 +37,19 @@ run_verb(main)
 
 
 def start(workdir: Path, folder: Path) -> list[str]:
-    """What JAX did with the step in a run of two steps."""
+    """What JAX did with the step in a run of two steps; PyTorch is there, and nobody needs it."""
     arguments = tiny_run.command(workdir, **SMALL)[3:]
+    packages = folder.parent / "packages"
+    packages.mkdir(exist_ok=True)
+    (packages / "torch.py").write_text(
+        "import pathlib; pathlib.Path(__file__ + '.imported').touch()")
+    environment = tiny_run.environment()
+    environment["PYTHONPATH"] += os.pathsep + str(packages)
     done = subprocess.run(
         [sys.executable, "-c", LISTENING, *arguments], capture_output=True, text=True,
-        env={**tiny_run.environment(), "JAX_COMPILATION_CACHE_DIR": str(folder)})
+        env={**environment, "JAX_COMPILATION_CACHE_DIR": str(folder)})
     assert done.returncode == 0, done.stderr
+    assert not (packages / "torch.py.imported").exists()
     return [" ".join(line.split()[1:-1]) for line in done.stdout.splitlines()
             if line.startswith("@") and line.split()[-1] in ("step", "jit(step)")]
 

@@ -10,7 +10,13 @@ import pytest
 
 from hippocampus.errors import ConfigError
 from hippocampus.runs.run_folder import RunFolder, read_metrics
-from hippocampus.training.trackers import JsonLines, TensorBoard, Trackers, WeightsAndBiases
+from hippocampus.training.trackers import (
+    JsonLines,
+    TensorBoard,
+    Trackers,
+    WeightsAndBiases,
+    _absent,
+)
 
 
 @pytest.fixture
@@ -55,6 +61,17 @@ def test_wandb_without_the_package_is_one_line_and_a_hint(tmp_path, monkeypatch)
     with pytest.raises(ConfigError, match="wandb is not installed") as caught:
         WeightsAndBiases("project", RunFolder(tmp_path), {})
     assert "hippocampus[wandb]" in caught.value.hint
+
+
+def test_a_package_that_is_kept_out_can_be_imported_before_and_after(monkeypatch):
+    monkeypatch.delitem(sys.modules, "wave", raising=False)
+    with _absent("wave"), pytest.raises(ImportError):
+        import wave
+    import wave
+
+    with _absent("wave"):
+        import wave as again
+    assert again is wave and sys.modules["wave"] is wave
 
 
 def test_a_loss_that_is_not_finite_leaves_valid_json(tmp_path):
