@@ -1,10 +1,12 @@
-"""Weak scaling: the training step of a config on one device and on all, batch per device fixed.
+"""Weak scaling: the training step of a config on each device alone and on all of them.
 
     python benchmarks/scaling.py
     XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=true python benchmarks/scaling.py
 
-Efficiency = tokens/s of N devices / (N x tokens/s of one device), both in this process; above 1 is
-noise. All programs are measured in turn, several rounds, and the fastest round of each counts.
+The batch per device is fixed. Efficiency = tokens/s of N devices / the sum of what each of them
+does alone, all in this process: devices of one kind differ by a per cent or two, and a step takes
+as long as the slowest. All programs are measured in turn, several rounds, and the fastest round of
+each counts.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ import jax
 from benchmarks.steps import Program, compile_step, measure, one_line
 from hippocampus.config_files import load_config
 
+ALONE = "device "
+
 
 def main() -> None:
     """Prints a line per way to share the work, efficiency first."""
@@ -31,34 +35,31 @@ def main() -> None:
           f"{given.batch} rows a device, XLA_FLAGS={os.environ.get('XLA_FLAGS', '')!r}")
     print("| efficiency | devices | ms a step | tokens/s | GiB a device |")
     print("|---|---|---|---|---|", flush=True)
-    names = ["one", *given.layouts]
+    alone = [f"{ALONE}{i}" for i in range(n)]
+    names = [*alone, *given.layouts]
     with ThreadPoolExecutor(len(names)) as pool:
-        programs = dict(zip(names, pool.map(lambda name: compiled(given, name, n), names),
+        programs = dict(zip(names, pool.map(lambda name: compiled(given, name), names),
                             strict=True))
-    found: dict[str, float | Exception] = {}
+    seconds: dict[str, float] = {}
     for name in names * given.rounds:
-        if isinstance(before := found.get(name, float("inf")), Exception):
-            continue
-        try:
-            found[name] = min(before, measured(programs[name], given.steps))
-        except Exception as error:  # a line that says so; the others go on
-            found[name] = error
-    if isinstance(seconds := found["one"], Exception):
-        raise seconds
+        program = programs[name]
+        if isinstance(program, Program):
+            try:
+                seconds[name] = min(measure(program, given.steps).seconds,
+                                    seconds.get(name, float("inf")))
+            except Exception as error:  # a line that says so; the others go on
+                programs[name] = error
+    rates = {name: program.tokens / seconds[name] for name, program in programs.items()
+             if isinstance(program, Program)}
     for name in names:
-        took, program = found[name], programs[name]
-        shown = "1" if name == "one" else f"{name}={n}"
-        if isinstance(took, Exception) or isinstance(program, Exception):
-            print(f"| - | {shown} | {one_line(took)} | | |")  # type: ignore[arg-type]
-        else:
-            print(line(shown, seconds / took, took, program))
-
-
-def measured(program: Program | Exception, steps: int) -> float:
-    """Seconds of a step; raises what kept it from being compiled."""
-    if isinstance(program, Exception):
-        raise program
-    return measure(program, steps).seconds
+        program, shown = programs[name], name if name in alone else f"{name}={n}"
+        if not isinstance(program, Program):
+            print(f"| - | {shown} | {one_line(program)} | | |")
+            continue
+        ideal = sum(rates.get(other, float("nan")) for other in alone)
+        efficiency = rates[name] / ideal * (n if name in alone else 1)
+        print(f"| {efficiency:.3f} | {shown} | {seconds[name] * 1e3:.1f} | {rates[name]:,.0f} "
+              f"| {program.bytes_per_device / 2**30:.1f} |")
 
 
 def parse() -> argparse.Namespace:
@@ -74,23 +75,19 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def compiled(given: argparse.Namespace, layout: str, n: int) -> Program | Exception:
-    """The step of one layout, or why there is none."""
-    ways = 1 if layout == "one" else n
-    changes = {"train.batch_size": given.batch * ways, "train.grad_accumulation": 1,
+def compiled(given: argparse.Namespace, name: str) -> Program | Exception:
+    """The step of one layout, or of one device alone; or why there is none."""
+    devices = jax.devices()
+    if name.startswith(ALONE):
+        devices = [devices[int(name.removeprefix(ALONE))]]
+    changes = {"train.batch_size": given.batch * len(devices), "train.grad_accumulation": 1,
                **dict(change.split("=", 1) for change in given.set)}
-    if layout != "one":
-        changes |= {"mesh.data": 1, f"mesh.{layout}": n}
+    if not name.startswith(ALONE):
+        changes |= {"mesh.data": 1, f"mesh.{name}": len(devices)}
     try:
-        return compile_step(load_config(given.config, changes), jax.devices()[:ways])
+        return compile_step(load_config(given.config, changes), devices)
     except Exception as error:
         return error
-
-
-def line(devices: str, efficiency: float, seconds: float, program: Program) -> str:
-    """Of the table."""
-    return (f"| {efficiency:.3f} | {devices} | {seconds * 1e3:.1f} "
-            f"| {program.tokens / seconds:,.0f} | {program.bytes_per_device / 2**30:.1f} |")
 
 
 if __name__ == "__main__":

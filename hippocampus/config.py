@@ -270,7 +270,7 @@ class MeshConfig:
                           "small: once a step where all of them take at most 1 GiB",
                           choices=("small", "step", "use"))
     rules: tuple[tuple[str, str], ...] = setting(
-        ((r"embedding$|head$", "tensor,fsdp"), (r"(out|down|select)/kernel$", "tensor,fsdp"),
+        ((r"embedding$|head$|(out|down|select)/kernel$", "tensor+fsdp,fsdp"),
          (r"embedding_up/kernel$", "-,tensor+fsdp"), (r"head_down$", "tensor+fsdp,-"),
          (r"slots$", "fsdp,tensor,-"), (r"ssm/gates/kernel$", "tensor,fsdp,-"),
          (r"(conv_kernel|gates/bias)$", "-,tensor+fsdp"),
@@ -278,7 +278,7 @@ class MeshConfig:
          (r"kernel$", "fsdp,tensor")),
         "(regular expression over the parameter path, mesh axis of each of the last dimensions: a "
         "name, several joined by '+', or '-'); the first match with enough dimensions counts, an "
-        "axis that does not divide is left out, no match = replicated")
+        "axis goes to the first of its dimensions that it divides, no match = replicated")
 
 
 @dataclass(frozen=True)

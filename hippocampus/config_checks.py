@@ -52,12 +52,12 @@ def check_together(config: Config) -> Config:
     if not config.sample.prompt:
         raise ConfigError("sample.prompt is empty", "give at least one character")
     for pattern, axes in config.mesh.rules:
-        named = [axis.strip() for part in axes.split(",") for axis in part.split("+")
-                 if axis.strip() != "-"]
-        if (unknown := set(named) - set(MESH_AXES)) or len(set(named)) < len(named):
-            wrong = f"the axis {shown(sorted(unknown)[0])}" if unknown else "an axis twice"
-            raise ConfigError(f"mesh.rules names {wrong} for {shown(pattern)}",
-                              f"known: {', '.join(MESH_AXES)}, -; each once")
+        for part in axes.split(","):
+            named = [axis.strip() for axis in part.split("+") if axis.strip() != "-"]
+            if (unknown := set(named) - set(MESH_AXES)) or len(set(named)) < len(named):
+                wrong = f"the axis {shown(sorted(unknown)[0])}" if unknown else "an axis twice"
+                raise ConfigError(f"mesh.rules names {wrong} for {shown(pattern)}",
+                                  f"known: {', '.join(MESH_AXES)}, -; each once in a dimension")
     check_divides("data.context", config.data.context, "mesh.sequence", config.mesh.sequence)
     context = config.eval.context or config.data.context
     if config.eval.stride > context:

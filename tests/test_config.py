@@ -165,7 +165,7 @@ def test_wrong_entry_of_a_tuple_is_refused_naming_the_field(name, entry):
     ("mesh.rules", [["kernel$"]], ["mesh.rules[0] has 1 entries; it must have 2"]),
     ("mesh.rules", [["(", "fsdp"]], ["mesh.rules[0]", "not a regular expression"]),
     ("mesh.rules", [["kernel$", "fdsp,tensor"]], ["mesh.rules", "'fdsp'", "fsdp"]),
-    ("mesh.rules", [["kernel$", "fsdp,fsdp"]], ["mesh.rules names an axis twice"]),
+    ("mesh.rules", [["kernel$", "fsdp+fsdp,-"]], ["mesh.rules names an axis twice"]),
     ("mesh.rules", [["kernel$", ""]], ["mesh.rules names the axis ''"]),
 ])
 def test_refusal_says_what_is_allowed(name, value, words):

@@ -38,7 +38,7 @@ _FUSED_TOKENS = 8192
 _TILE = 128
 """Tokens in a tile of a matrix product: a chunk has whole tiles where it has that many."""
 _ROWS = ("data", "fsdp")
-_SPREAD = "fsdp"
+_SPREAD, _TENSOR = "fsdp", "tensor"
 _TIME = "sequence"
 
 
@@ -186,17 +186,15 @@ def _one_pass_forward(settings: Settings, head: Head, hidden: Array,
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(axis for axis in (*_ROWS, _TIME) if mesh.shape.get(axis, 1) > 1)
     low = dataclasses.replace(head, weight_VD=head.weight_VD.astype(hidden.dtype))
-    # Where parameters are spread, each device needs the sum of its own columns alone.
-    spread = _SPREAD in axes and head.weight_VD.shape[1] % mesh.shape[_SPREAD] == 0
+    spread = _spread_dimension(head.weight_VD.shape, mesh) if _SPREAD in axes else None
 
     def summed(d_head: Head) -> Head:
-        if not spread:
+        if spread is None:
             return jax.lax.psum(d_head, axes)
-        columns = jax.lax.psum_scatter(d_head.weight_VD, _SPREAD, scatter_dimension=1, tiled=True)
+        own = jax.lax.psum_scatter(d_head.weight_VD, _SPREAD, scatter_dimension=spread, tiled=True)
         others = tuple(axis for axis in axes if axis != _SPREAD)
         rest = jax.lax.psum(dataclasses.replace(d_head, weight_VD=jnp.zeros(())), axes)
-        return dataclasses.replace(
-            rest, weight_VD=jax.lax.psum(columns, others) if others else columns)
+        return dataclasses.replace(rest, weight_VD=jax.lax.psum(own, others) if others else own)
 
     def own(head: Head, hidden: Array, targets: Array, weight: Array) -> tuple:
         per_token, d_hidden, d_head = _gradients(settings, head, hidden, targets, weight)
@@ -206,15 +204,26 @@ def _one_pass_forward(settings: Settings, head: Head, hidden: Array,
         whole = PartitionSpec()
         tokens = PartitionSpec(tuple(axis for axis in _ROWS if axis in axes),
                                _TIME if _TIME in axes else None)
-        columns = dataclasses.replace(
+        gradients = dataclasses.replace(
             jax.tree.map(lambda _: whole, head),
-            weight_VD=PartitionSpec(None, _SPREAD) if spread else whole)
+            weight_VD=whole if spread is None else PartitionSpec(*(None,) * spread, _SPREAD))
         own = jax.shard_map(own, in_specs=(whole, tokens, tokens, tokens),
-                            out_specs=(tokens, tokens, columns),
+                            out_specs=(tokens, tokens, gradients),
                             axis_names=set(axes), check_vma=False)
     (loss, terms), d_hidden, d_head = own(low, hidden, targets, weight)
     d_head = jax.tree.map(lambda gradient, a: gradient.astype(a.dtype), d_head, head)
     return ((weight * loss).sum(), terms), (d_head, d_hidden, loss)
+
+
+def _spread_dimension(shape: tuple[int, ...], mesh: Any) -> int | None:
+    """The dimension over which the table is spread: each device needs the sum of its part alone.
+
+    As in the default `mesh.rules`, of rows if they divide, else of columns.
+    """
+    ways = mesh.shape[_SPREAD]
+    if shape[0] % (ways * mesh.shape.get(_TENSOR, 1)) == 0:
+        return 0
+    return 1 if shape[1] % ways == 0 else None
 
 
 def _one_pass_backward(settings: Settings, saved: tuple, cotangents: tuple[Array, Any]) -> tuple:

@@ -91,7 +91,7 @@ def tree_shardings(mesh: Mesh | AbstractMesh, tree: Any, rules: tuple[tuple[str,
       tree: parameters, or a whole train state: optimizer moments have the parameter's path at
         the end of theirs, so the same rules place them.
       rules: (pattern, "axis,axis"); the axes belong to the last dimensions. A dimension that its
-        axis does not divide stays whole.
+        axis does not divide stays whole; an axis named for two goes to the first that it divides.
     """
     compiled = [(re.compile(pattern), axes.split(",")) for pattern, axes in rules]
 
@@ -107,13 +107,15 @@ def tree_shardings(mesh: Mesh | AbstractMesh, tree: Any, rules: tuple[tuple[str,
 def _partition(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], axes: list[str]) -> PartitionSpec:
     whole = [None] * (len(shape) - len(axes))
     parts: list[tuple[str, ...] | str | None] = []
+    used = {"-"}
     for size, names in zip(shape[len(whole):], axes, strict=True):
         taken: list[str] = []
         ways = 1
         for axis in (name.strip() for name in names.split("+")):
-            if axis != "-" and size % (ways * mesh.shape[axis]) == 0:
+            if axis not in used and size % (ways * mesh.shape[axis]) == 0:
                 taken.append(axis)
                 ways *= mesh.shape[axis]
+        used.update(taken)
         parts.append(tuple(taken) if len(taken) > 1 else taken[0] if taken else None)
     return PartitionSpec(*whole, *parts)
 

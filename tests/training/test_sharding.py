@@ -336,6 +336,17 @@ def test_every_parameter_but_vectors_is_spread_over_fsdp_and_tensor(monkeypatch,
         assert axes == {"fsdp", "tensor"} or leaf.shape[-1] in (2, 3), name
 
 
+@pytest.mark.parametrize(("shape", "spec"), [
+    ((16, 12), P(("tensor", "fsdp"), None)), ((6, 12), P("tensor", "fsdp")),
+    ((5, 12), P(None, "fsdp")), ((12, 16), P("tensor", "fsdp")), ((5, 7), P(None, None))])
+def test_an_axis_named_twice_goes_to_the_first_dimension_that_it_divides(monkeypatch, shape, spec):
+    monkeypatch.setattr("hippocampus.training.sharding.NamedSharding", lambda mesh, spec: spec)
+    tree = {"head": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    (found,) = jax.tree.leaves(tree_shardings(Mesh4(), tree, MeshConfig().rules),
+                               is_leaf=lambda x: isinstance(x, P))
+    assert found == spec
+
+
 def test_axes_joined_by_a_plus_share_one_dimension(monkeypatch):
     monkeypatch.setattr("hippocampus.training.sharding.NamedSharding", lambda mesh, spec: spec)
     rules = ((r"w$", "-,tensor+fsdp"),)
