@@ -41,6 +41,7 @@ def main(arguments: Sequence[str]) -> None:
             prepare_deterministic()
         if flags.profile is not None:
             xla_flags.prepare(xla_flags.NAMED_KERNELS)
+            xla_flags.python_calls(100)
         if flags.check:
             from hippocampus.training.check import describe
 

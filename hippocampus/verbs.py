@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 import warnings
@@ -69,7 +70,7 @@ def run_verb(main: Callable[[Sequence[str]], Any], arguments: Sequence[str] | No
     debug = "--debug" in arguments
     warnings.showwarning = _show_warning
     use_compilation_cache()
-    xla_flags.leave_out_tracebacks()
+    xla_flags.python_calls(0)
     try:
         main(arguments)
         distributed.finish()
@@ -83,7 +84,7 @@ def run_verb(main: Callable[[Sequence[str]], Any], arguments: Sequence[str] | No
     except KeyboardInterrupt:  # outside the loop, where there is nothing to save
         _end(Stopped("interrupted", "start the same command again"), debug)
     except Exception as error:
-        known = _out_of_memory(error)
+        known = _out_of_memory(error) or _no_device(error)
         if known is not None:
             _end(known, debug)
         if distributed.is_several():  # where nothing else could end the others
@@ -129,3 +130,17 @@ def _out_of_memory(error: BaseException) -> OutOfMemoryError | None:
             "lower train.batch_size (or raise train.grad_accumulation), data.context or "
             "model.d_model, or set model.remat=full")
     return None
+
+
+def _no_device(error: BaseException) -> ConfigError | None:
+    """JAX reports a platform that it cannot start by a RuntimeError, or by a failed assertion."""
+    calls = traceback.extract_tb(error.__traceback__)
+    if not calls or not calls[-1].filename.endswith("xla_bridge.py"):
+        return None
+    wanted = os.environ.get("JAX_PLATFORMS", "")
+    why = str(error).partition(" (set JAX_PLATFORMS")[0].strip()
+    asked = f"JAX_PLATFORMS={wanted}, " if wanted else ""
+    return ConfigError(
+        f"no device: {asked}{why or 'and this installation of JAX has no such platform'}",
+        "unset JAX_PLATFORMS to run on what is there; what JAX needs for an accelerator comes with "
+        "pip install 'hippocampus[cuda12]', [cuda13] or [tpu]")

@@ -36,17 +36,20 @@ def asked(flag: str) -> bool:
     return flag in os.environ.get("XLA_FLAGS", "").split()
 
 
-def leave_out_tracebacks() -> None:
-    """Programs keep the names of their layers, but not the Python calls behind each instruction.
+def python_calls(most: int) -> None:
+    """How many calls of Python a program keeps beside each instruction; names of layers stay.
 
-    XLA puts the calls into words when it loads a program for a GPU: 1 to 4 s of a start for the
-    main model's step, whose instructions are 54,000. `TRACEBACKS`=100 brings them back, to see
-    lines of code in what XLA dumps.
+    XLA puts them into words when it loads a program for a GPU: 1 to 4 s of a start for the main
+    model's step, whose instructions are 54,000. The verbs keep none, but for those that profile,
+    where tools show lines of code. The variable `TRACEBACKS` says otherwise.
+
+    Args:
+      most: JAX's own default is 100.
     """
     import jax
 
     if TRACEBACKS not in os.environ:
-        jax.config.update(TRACEBACKS.lower(), 0)
+        jax.config.update(TRACEBACKS.lower(), most)
 
 
 def compiler_options(platform: str, n_devices: int) -> dict[str, Option]:

@@ -1,5 +1,7 @@
 """Errors a user can act on: one line, one hint, the right exit code, nothing written."""
 
+import importlib.util
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -244,3 +246,18 @@ def test_own_warnings_are_one_line_and_others_say_where_they_come_from(monkeypat
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "warning: step 3 is damaged"
     assert "elsewhere.py:7: DeprecationWarning: old" in lines[1]
+
+
+@pytest.mark.parametrize(("platform", "words"), [
+    ("nonsense", "Unable to initialize backend 'nonsense'"), ("cuda", "JAX_PLATFORMS=cuda")])
+def test_a_platform_that_is_not_there_is_one_clear_line(tmp_path, platform, words):
+    if platform == "cuda" and any(
+            importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        pytest.skip("CUDA is installed")
+    command = tiny_run.command(tmp_path / "run")
+    done = subprocess.run(command, capture_output=True, text=True,
+                          env={**tiny_run.environment(), "JAX_PLATFORMS": platform})
+    assert done.returncode == 64, done.stderr
+    (error, hint) = done.stderr.splitlines()
+    assert error.startswith("error: no device: ") and words in error
+    assert "unset JAX_PLATFORMS" in hint and not (tmp_path / "run").exists()

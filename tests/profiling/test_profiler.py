@@ -52,6 +52,11 @@ def test_what_a_step_does_is_found_by_name(profile):
     assert backward["attention"] > 0 and backward["optimizer"] == 0
 
 
+def test_a_profiled_program_knows_the_lines_of_code(folder):
+    (trace,) = (folder / "profile").glob("plugins/profile/*/*.xplane.pb")
+    assert b"training/step.py" in trace.read_bytes()
+
+
 def test_the_run_goes_on_and_its_trace_stays(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last = [row for row in rows if "time/profile" in row][-1]
