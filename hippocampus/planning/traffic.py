@@ -15,6 +15,7 @@ _FREE = frozenset((
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
     "call", "after-all", "partition-id", "replica-id", "optimization-barrier", "add-dependency",
     "async-start"))
+_CHAIN = "chain_id="
 _WINDOWS = frozenset(("dynamic-slice", "slice", "gather"))
 
 
@@ -100,6 +101,8 @@ def _collectives(module: Module, computation: Computation) -> Iterator[tuple[str
         kind = instruction.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
             continue
+        if _CHAIN in instruction.attributes and _part(computation) != "start":
+            continue
         group = group_size(instruction.attributes, module.partitions)
         if computation.name.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"  # the TPU compiler's form: an all-reduce fused with a slice
@@ -149,6 +152,9 @@ def _memory_bytes(module: Module, computation: Computation, instruction: Instruc
 def _fusion_bytes(inner: Computation, operands: list[tuple[Shape, ...]],
                   fusion: Instruction) -> int:
     """Reads of each parameter, by what the fusion does with it, and writes of each result."""
+    part = _part(inner)
+    if part in ("start", "done"):  # the one gives (operands, results, …), the other nothing new
+        return _in_memory(fusion.shapes) if part == "start" else 0
     users: dict[str, list[Instruction]] = {}
     for instruction in inner.instructions.values():
         for name in dict.fromkeys(instruction.operands):
@@ -156,6 +162,9 @@ def _fusion_bytes(inner: Computation, operands: list[tuple[Shape, ...]],
     total = 0
     for parameter in inner.instructions.values():
         if parameter.opcode == "parameter" and int(parameter.inside) < len(operands):
+            if part and all(_CHAIN in user.attributes or user.name == inner.root
+                            for user in users.get(parameter.name, ())):
+                continue
             whole = _in_memory(operands[int(parameter.inside)])
             total += min(whole, _read_bytes(parameter, users)) if whole else 0
     root = inner.instructions[inner.root]
@@ -166,11 +175,31 @@ def _fusion_bytes(inner: Computation, operands: list[tuple[Shape, ...]],
     for result, shape in zip(results, fusion.shapes, strict=True):
         while result.opcode == "bitcast" and result.operands[0] in inner.instructions:
             result = inner.instructions[result.operands[0]]
+        if part and (result.opcode == "parameter" or _CHAIN in result.attributes):
+            continue
         size = shape.bytes
         if result.opcode == "dynamic-update-slice":
             size = sum(s.bytes for s in inner.instructions[result.operands[1]].shapes)
         total += size if shape.in_main_memory else 0
     return total
+
+
+def _part(computation: Computation) -> str:
+    """What of a collective in a chain of fusions this one is: "start", "middle", "done" or "".
+
+    The TPU compiler runs a collective beside others' work: one fusion begins it, any number, which
+    compute something else, take its arrays in and hand them on, and one ends it. Each of them has
+    a copy of the instruction with the number of the chain; the work is done once.
+    """
+    found = ""
+    for instruction in computation.instructions.values():
+        if "AsyncCollectiveStart" in instruction.attributes:
+            return "start"
+        if "AsyncCollectiveDone" in instruction.attributes:
+            return "done"
+        if _CHAIN in instruction.attributes:
+            found = "middle"
+    return found
 
 
 def _read_bytes(array: Instruction, users: dict[str, list[Instruction]]) -> int:

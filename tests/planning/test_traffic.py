@@ -107,6 +107,54 @@ def test_a_start_and_its_done_are_one_collective():
     """) == {"all-gather": 112, "collective-permute": 16, "all-reduce": 28}  # noqa: E501
 
 
+GATHER = ("all-gather(%p0), channel_id=5, replica_groups=[1,8]<=[8], dimensions={0}, "
+          'frontend_attributes={chain_id="3"}')
+CHAIN = f"""%begin (p0: f32[4]) -> (f32[4], f32[32], u32[]) {{
+  %p0 = f32[4]{{0}} parameter(0)
+  %g1 = f32[32]{{0}} {GATHER}
+  ROOT %c1 = (f32[4]{{0}}, f32[32]{{0}}, u32[]{{:S(2)}}) custom-call(%g1), custom_call_target="AsyncCollectiveStart"
+}}
+
+%meanwhile (p0: f32[4], p1: f32[32], p2: u32[], p3: f32[16]) -> (f32[16], f32[4], f32[32], u32[]) {{
+  %p0 = f32[4]{{0}} parameter(0)
+  %p1 = f32[32]{{0}} parameter(1)
+  %p2 = u32[]{{:S(2)}} parameter(2)
+  %p3 = f32[16]{{0}} parameter(3)
+  %g2 = f32[32]{{0}} {GATHER}
+  %own = f32[16]{{0}} add(%p3, %p3)
+  ROOT %t = (f32[16]{{0}}, f32[4]{{0}}, f32[32]{{0}}, u32[]{{:S(2)}}) tuple(%own, %p0, %g2, %p2)
+}}
+
+%end (p0: f32[4], p1: f32[32], p2: u32[]) -> f32[32] {{
+  %p0 = f32[4]{{0}} parameter(0)
+  %p1 = f32[32]{{0}} parameter(1)
+  %p2 = u32[]{{:S(2)}} parameter(2)
+  %g3 = f32[32]{{0}} {GATHER}
+  ROOT %c3 = f32[32]{{0}} custom-call(%p0, %p1, %g3, %p2), custom_call_target="AsyncCollectiveDone"
+}}
+
+"""  # noqa: E501
+
+
+def test_a_collective_that_the_tpu_compiler_stretches_over_fusions_moves_its_bytes_once():
+    found = traffic(parse(program("""
+        %x = f32[4]{0} parameter(0)
+        %y = f32[16]{0} constant({...})
+        %s = (f32[4]{0}, f32[32]{0}, u32[]{:S(2)}) fusion(%x), kind=kCustom, calls=%begin
+        %s0 = f32[4]{0} get-tuple-element(%s), index=0
+        %s1 = f32[32]{0} get-tuple-element(%s), index=1
+        %s2 = u32[]{:S(2)} get-tuple-element(%s), index=2
+        %m = (f32[16]{0}, f32[4]{0}, f32[32]{0}, u32[]{:S(2)}) fusion(%s0, %s1, %s2, %y), kind=kOutput, calls=%meanwhile
+        %m0 = f32[4]{0} get-tuple-element(%m), index=1
+        %m1 = f32[32]{0} get-tuple-element(%m), index=2
+        %m2 = u32[]{:S(2)} get-tuple-element(%m), index=3
+        ROOT %e = f32[32]{0} fusion(%m0, %m1, %m2), kind=kCustom, calls=%end
+    """, CHAIN, "f32[32]")))  # noqa: E501
+    assert (found.sent["all-gather"], found.count["all-gather"]) == (16 * 7, 1)
+    # The gather reads 16 bytes and writes 128; what is done meanwhile reads 64 and writes 64.
+    assert found.memory == 16 + 128 + 64 + 64
+
+
 def test_a_collective_wrapped_in_an_async_call_counts_once():
     wrapped = """%wrapped (p: f32[4]) -> f32[4] {
   %p = f32[4]{0} parameter(0)
