@@ -191,10 +191,10 @@ def _one_pass_forward(settings: Settings, head: Head, hidden: Array,
     def summed(d_head: Head) -> Head:
         if spread is None:
             return jax.lax.psum(d_head, axes)
-        own = jax.lax.psum_scatter(d_head.weight_VD, _SPREAD, scatter_dimension=spread, tiled=True)
+        part = jax.lax.psum_scatter(d_head.weight_VD, _SPREAD, scatter_dimension=spread, tiled=True)
         others = tuple(axis for axis in axes if axis != _SPREAD)
         rest = jax.lax.psum(dataclasses.replace(d_head, weight_VD=jnp.zeros(())), axes)
-        return dataclasses.replace(rest, weight_VD=jax.lax.psum(own, others) if others else own)
+        return dataclasses.replace(rest, weight_VD=jax.lax.psum(part, others) if others else part)
 
     def own(head: Head, hidden: Array, targets: Array, weight: Array) -> tuple:
         per_token, d_hidden, d_head = _gradients(settings, head, hidden, targets, weight)
