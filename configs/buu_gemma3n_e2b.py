@@ -4,7 +4,7 @@ Command:   python -m hippocampus.train --config=configs/buu_gemma3n_e2b.py \\
                --config.model.backbone.path=gemma-3n-E2B --config.data.corpus=TEXTS
 Files:     hf download google/gemma-3n-E2B --local-dir gemma-3n-E2B   (after its licence)
 Before:    --check --config.mesh.fsdp=1 (on one device), and python -m hippocampus.plan with
-           --topology=v5e:2x4 (E4B: v6e:2x4), need no weights; docs/planning.md has the figures
+           --topology=v5e:2x4 need no weights; docs/planning.md has the figures
 Adapters:  five times 3 d^2 + 256 d = 65,536,000 parameters in matrices and slots, 1.19 % of the
            checkpoint with its towers; d = 2048 gives W_out d^2, the state space 3 d e + 2 e^2 / 8
            with e = d / 2, the memory 2 d w + 2 S w with w = d / 4 and S = 256 slots
