@@ -140,15 +140,16 @@ def test_the_main_model_fits(topology):
 
 @pytest.mark.full
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("shape", "topology", "parameters"), [
-    ("e2b", "v5e:2x4", 4.50e9), ("e4b", "v6e:2x4", 6.90e9)])  # which lacks 2 % on the v5e
-def test_adapters_in_a_frozen_gemma3n_fit(shape, topology, parameters):
-    found = planned(f"configs/buu_gemma3n_e2b.py:{shape}", topology, timeout=3500,
+@pytest.mark.parametrize(("shape", "parameters"), [("e2b", 4.50e9), ("e4b", 6.90e9)])
+def test_adapters_in_a_frozen_gemma3n_fit(shape, parameters):
+    found = planned(f"configs/buu_gemma3n_e2b.py:{shape}", "v5e:2x4", timeout=3500,
                     **{"model.scan_layers": True})
     assert found["parameters"] == pytest.approx(parameters, rel=0.01)
     # The decoder in bfloat16 and the adapters' weights and moments, shared out over eight.
     assert found["state_bytes"] < 1.1 * (2 * parameters + 3 * 4 * 65.6e6) / 8
     assert found["fits"] is True
+    # Weights cross the links a few times a step, not ten times.
+    assert sum(found["compiled"]["traffic"]["sent"].values()) < 3 * 2 * parameters
 
 
 @pytest.mark.full
