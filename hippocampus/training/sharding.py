@@ -150,9 +150,15 @@ def constrain_parameters(tree: Any, config: MeshConfig, *, gathered: bool) -> An
     if not gathers_once(config, tree):
         return tree
     mesh = jax.sharding.get_abstract_mesh()
-    rules = tuple((pattern, ",".join(_without_fsdp(part) for part in axes.split(",")))
-                  for pattern, axes in config.rules) if gathered else config.rules
-    return jax.tree.map(jax.lax.with_sharding_constraint, tree, tree_shardings(mesh, tree, rules))
+    whole = tuple((pattern, ",".join(_without_fsdp(part) for part in axes.split(",")))
+                  for pattern, axes in config.rules)
+    # From columns over tensor to rows over tensor and fsdp XLA finds its way only in two steps.
+    ways = [whole] if gathered else [whole, config.rules] if mesh.shape["tensor"] > 1 else [
+        config.rules]
+    for rules in ways:
+        tree = jax.tree.map(jax.lax.with_sharding_constraint, tree,
+                            tree_shardings(mesh, tree, rules))
+    return tree
 
 
 def _without_fsdp(axes: str) -> str:
