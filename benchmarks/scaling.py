@@ -51,12 +51,12 @@ def main() -> None:
                 programs[name] = error
     rates = {name: program.tokens / seconds[name] for name, program in programs.items()
              if isinstance(program, Program)}
+    ideal = sum(rates.get(name, float("nan")) for name in alone)
     for name in names:
         program, shown = programs[name], name if name in alone else f"{name}={n}"
         if not isinstance(program, Program):
             print(f"| - | {shown} | {one_line(program)} | | |")
             continue
-        ideal = sum(rates.get(other, float("nan")) for other in alone)
         efficiency = rates[name] / ideal * (n if name in alone else 1)
         print(f"| {efficiency:.3f} | {shown} | {seconds[name] * 1e3:.1f} | {rates[name]:,.0f} "
               f"| {program.bytes_per_device / 2**30:.1f} |")

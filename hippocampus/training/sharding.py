@@ -150,12 +150,13 @@ def constrain_parameters(tree: Any, config: MeshConfig, *, gathered: bool) -> An
     if not gathers_once(config, tree):
         return tree
     mesh = jax.sharding.get_abstract_mesh()
-    whole = tuple((pattern, ",".join(_without_fsdp(part) for part in axes.split(",")))
-                  for pattern, axes in config.rules)
+    layouts = [] if gathered else [config.rules]
     # From columns over tensor to rows over tensor and fsdp XLA finds its way only in two steps.
-    ways = [whole] if gathered else [whole, config.rules] if mesh.shape["tensor"] > 1 else [
-        config.rules]
-    for rules in ways:
+    if gathered or mesh.shape.get("tensor", 1) > 1:
+        layouts.insert(0, tuple(
+            (pattern, ",".join(_without_fsdp(part) for part in axes.split(",")))
+            for pattern, axes in config.rules))
+    for rules in layouts:
         tree = jax.tree.map(jax.lax.with_sharding_constraint, tree,
                             tree_shardings(mesh, tree, rules))
     return tree
