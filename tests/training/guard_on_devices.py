@@ -3,7 +3,7 @@
     python tests/training/guard_on_devices.py
 
 Prints one JSON object: per case what was skipped, whether every bit of every device's part was
-kept, and how much traffic the guard adds.
+kept, and what goes between devices with the guard and without.
 """
 
 import json
@@ -110,9 +110,17 @@ def measure(poison: int, axes: tuple[int, int, int, int]) -> dict[str, Any]:
 
 
 def collectives(text: str) -> dict[str, int]:
-    """Kind of collective -> how many a program has."""
+    """What a program's collectives carry: every array, and how many of them carry numbers too.
+
+    XLA decides anew in every program which arrays share a collective.
+    """
     kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-    return dict(Counter(re.findall(rf" ({kinds})(?:-start)?\(", text)))
+    carried: Counter[str] = Counter()
+    for shapes, kind in re.findall(rf" = (.*?) ({kinds})(?:-start)?\(", text):
+        arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+        carried.update(f"{kind} {dtype}[{shape}]" for dtype, shape in arrays if shape)
+        carried[f"{kind} with numbers"] += any(not shape for _, shape in arrays)
+    return dict(carried)
 
 
 if __name__ == "__main__":
