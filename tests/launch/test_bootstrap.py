@@ -32,6 +32,7 @@ case "$2" in
       killed) kill -9 "$PPID" ;;
       orphaned) kill -9 "$PPID"; sleep 0.6; echo >"$FAKE_LOG.orphan" ;;
       slow) sleep 0.5 ;;
+      gives-uv) case "$*" in *" uv") cp "$FAKE_UV" "${0%/*}/uv" ;; esac ;;
     esac ;;
   pytest) echo "pytest on $version, JAX_PLATFORMS=${JAX_PLATFORMS:-unset}" ;;
 esac
@@ -682,6 +683,25 @@ def test_ci_says_when_there_is_no_second_lane(checkout):
     assert len([call for call in checkout.calls() if "pytest" in call]) == 1
 
 
+@pytest.mark.parametrize("status", [0, 1])
+def test_ci_sets_up_with_uv_and_with_pip_where_that_fails(checkout, status):
+    checkout.python("python3.12", version="3.12")
+    uv = checkout.base / "uv"
+    uv.write_text(FAKE_UV + f"exit {status}\n")
+    uv.chmod(0o755)
+    done = checkout.sh("bash", ".ci/run", FAKE_PIP="gives-uv", FAKE_UV=str(uv))
+    assert done.returncode == 0, done.stderr
+    asked = [call[4] for call in checkout.calls() if call[:3] == ("uv", "pip", "install")]
+    assert sorted(Path(python).parts[-3] for python in asked) == [".venv", ".venv.lane2"]
+    by_pip = [call[0] for call in checkout.calls() if call[-1] == ".[dev]" and "-m" in call]
+    assert sorted(by_pip) == (["python3.11", "python3.12"] if status else [])
+
+
+def test_ci_says_when_pip_has_to_set_up(checkout):
+    done = checkout.sh("bash", ".ci/run")
+    assert done.returncode == 0 and "uv: could not be installed, so pip" in done.stdout
+
+
 APT_GET = """#!/bin/sh
 { printf 'apt-get\\t'; printf '%s\\t' "$@"; echo; } >>"$FAKE_LOG"
 exit ${FAKE_APT_STATUS:-0}
@@ -707,7 +727,7 @@ def test_ci_brings_a_browser_and_does_without_where_it_cannot(checkout, status):
     first, *rest = apt_calls(checkout)
     assert first == ("apt-get", "update")
     assert [(call[1], call[-1]) for call in rest] == [("install", "chromium")] * (status == "0")
-    assert ("could not be installed" in done.stdout) == (status != "0")
+    assert ("browser: could not be installed" in done.stdout) == (status != "0")
 
 
 def test_ci_takes_the_browser_that_is_there(checkout):
