@@ -52,6 +52,12 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(scope="session", autouse=True)
+def no_lines_of_code_in_programs():
+    """As in a run; a twentieth of the time, most of which goes into making programs."""
+    xla_flags.python_calls(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """Tokenizers, shards and compiled programs of tests are kept apart from the user's."""
     with pytest.MonkeyPatch.context() as patch:
