@@ -5,7 +5,8 @@ and where work along a sharded time axis needs more than its own shard. It reads
 `jax.sharding.get_abstract_mesh()`; without one, or on one device, nothing here adds an operation.
 
 Dimensions are named by what they are: "batch" (over the data and fsdp axes), "sequence", "tensor",
-or None (whole on every device). One that does not divide stays whole.
+"rows" (of a table, over the tensor and fsdp axes), or None (whole on every device). One that does
+not divide stays whole.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 SEQUENCE = "sequence"
-_MESH_AXES = {"batch": ("data", "fsdp"), SEQUENCE: (SEQUENCE,), "tensor": ("tensor",)}
+AXES = {"batch": ("data", "fsdp"), SEQUENCE: (SEQUENCE,), "tensor": ("tensor",),
+        "rows": ("tensor", "fsdp")}
+"""Dimension -> the axes of the mesh that cut it, the slowest first."""
 
 Dimensions = Sequence[str | None]
 
@@ -27,7 +30,7 @@ Dimensions = Sequence[str | None]
 def shards(dimension: str, size: int) -> int:
     """Over how many devices a dimension of this size is cut; 1 = whole."""
     sizes = jax.sharding.get_abstract_mesh().shape
-    ways = math.prod(sizes.get(axis, 1) for axis in _MESH_AXES[dimension])
+    ways = math.prod(sizes.get(axis, 1) for axis in AXES[dimension])
     return ways if size % ways == 0 else 1
 
 
@@ -54,7 +57,7 @@ def map_shards(function: Callable[..., Any], arrays: Sequence[Any],
              if name and shards(name, size) == 1}
 
     def spec(wanted: Dimensions) -> PartitionSpec:
-        return PartitionSpec(*(_MESH_AXES[name] if name and name not in whole else None
+        return PartitionSpec(*(AXES[name] if name and name not in whole else None
                                for name in wanted))
 
     def with_absent(*parts: Array) -> Array:
@@ -88,5 +91,5 @@ def _on_mesh() -> bool:
 
 def _partition(shape: tuple[int, ...], dimensions: Dimensions) -> PartitionSpec:
     return PartitionSpec(*(
-        _MESH_AXES[name] if name and shards(name, size) > 1 else None
+        AXES[name] if name and shards(name, size) > 1 else None
         for name, size in zip(dimensions, shape, strict=True)))

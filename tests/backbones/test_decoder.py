@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from hippocampus.backbones.loading import build_decoder
 from hippocampus.backbones.rotary import Rope
+from hippocampus.config import MESH_AXES
 from hippocampus.data.batches import Batch
 from hippocampus.models import taps
 from hippocampus.ops.cross_entropy import cross_entropy
@@ -44,6 +46,18 @@ def test_a_decoder_reads_the_past_of_its_own_document_only(packed, ids):
     positions = jnp.broadcast_to(jnp.arange(T), ids.shape)
     check_causality(lambda x: packed(x, documents, positions), ids, positions=(0, 9, 17), jit=False)
     check_document_isolation(packed, ids, (11, 6), jit=False, n_operations=2000)
+
+
+@pytest.mark.parametrize(("family", "sent"), [
+    ("gemma3n", 1),  # the layers' own inputs; the table of embeddings is the head's too, and small
+    ("qwen3", 1), ("llama", 0)])  # a head of its own, or not
+def test_a_table_that_only_a_lookup_reads_is_not_gathered(backbone_of, ids, family, sent):
+    mesh = AbstractMesh((1, 2, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    decoder = backbone_of(family)
+    with jax.sharding.use_abstract_mesh(mesh):
+        program = str(jax.make_jaxpr(lambda params, ids: decoder.model.apply(
+            {"params": params}, Batch(ids, ids, ids), method="forward")[0])(decoder.params, ids))
+    assert program.count("reduce_scatter") == sent
 
 
 def test_rows_go_on_from_where_each_of_them_stands(widest, ids):

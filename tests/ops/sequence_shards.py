@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
 
-B, T, E, H, G, WIDTH, SLOTS = 4, 16, 8, 4, 2, 4, 5
+B, T, E, H, G, WIDTH, SLOTS, V = 4, 16, 8, 4, 2, 4, 5, 128
 
 
 def ops() -> dict[str, tuple[Callable, tuple]]:
@@ -26,6 +26,7 @@ def ops() -> dict[str, tuple[Callable, tuple]]:
     from hippocampus.ops import (
         attention,
         causal_conv,
+        embedding,
         fixed_point,
         gated_scan,
         hopfield,
@@ -78,6 +79,12 @@ def ops() -> dict[str, tuple[Callable, tuple]]:
         (x, normal(4, E), normal(E)))
     cases["convolution that reaches over a whole shard"] = (
         lambda x, k, b: causal_conv.causal_conv(x, k, b), (x, normal(9, E), normal(E)))
+
+    tokens = jnp.asarray(draw.integers(0, V, (B, T)).astype(np.int32))
+    for name, exchange in (("its rows exchanged", 1.0), ("gathered", 0.0)):
+        cases[f"embedding, {name}"] = (
+            lambda table, exchange=exchange: embedding.embed(table, tokens, exchange=exchange),
+            (normal(V, E),))
 
     def cell(z: Any, args: tuple) -> Any:
         decay, u, mixing = args
