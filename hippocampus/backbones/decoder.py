@@ -238,8 +238,8 @@ class Decoder(nn.Module):
     def _embed(self, tokens_BT: Array) -> Array:
         # A tied table is gathered for the head, and XLA may keep it for that: a lookup of few rows
         # without it costs little where it does, and saves a gather where it does not.
-        exchange = 1 / 8 if self.config.tie_embeddings else 1.0
-        x_BTD = embed(self.embedding_VD, tokens_BT, exchange=exchange).astype(self.dtype)
+        share = 1 / 8 if self.config.tie_embeddings else 1.0
+        x_BTD = embed(self.embedding_VD, tokens_BT, exchange_below=share).astype(self.dtype)
         return x_BTD * jnp.asarray(self.config.d_model**0.5, self.dtype) if (
             self.config.is_gemma) else x_BTD
 

@@ -195,7 +195,7 @@ class Gemma3nDecoder(Decoder):
         cfg, spec = self.config, _altup(self.config)
         known_BT = jnp.where(tokens_BT < spec.per_layer_vocabulary, tokens_BT, 0)
         shape = (*tokens_BT.shape, cfg.n_layers, spec.per_layer_width)
-        rows = embed(self.per_layer_embedding_VE, known_BT, exchange=1.0).astype(self.dtype)
+        rows = embed(self.per_layer_embedding_VE, known_BT, exchange_below=1.0).astype(self.dtype)
         rows = rows * jnp.asarray(spec.per_layer_width**0.5, self.dtype)
         own = self.per_layer_in(x_BTD, train) * jnp.asarray(cfg.d_model**-0.5, self.dtype)
         own = (self.per_layer_norm(own.reshape(shape)) + rows.reshape(shape)) * jnp.asarray(

@@ -17,7 +17,7 @@ def padded_vocabulary(vocab_size: int) -> int:
 
 
 def embed(table_VD: Float[Array, "V D"], ids_BT: Int[Array, "B T"], *,
-          exchange: float = 0.0) -> Float[Array, "B T D"]:
+          exchange_below: float = 0.0) -> Float[Array, "B T D"]:
     """table[ids].
 
     Under a mesh the rows of the table stay spread over the tensor axis, and what the fsdp axis
@@ -28,11 +28,12 @@ def embed(table_VD: Float[Array, "V D"], ids_BT: Int[Array, "B T"], *,
     Args:
       table_VD: a row per id.
       ids_BT: ids in [0, V).
-      exchange: a share of the rows. Where the devices of an fsdp axis ask for fewer together, they
-        send each other those, and the table is not gathered: 1 for one that nothing else gathers.
+      exchange_below: a share of the rows, at most 1. Where the devices of an fsdp axis ask for
+        fewer together, they send each other those, and the table is not gathered: 1 for one that
+        nothing else gathers.
     """
     V = table_VD.shape[0]
-    if _rows_asked_for(V, *ids_BT.shape) < exchange * V:
+    if _rows_asked_for(V, *ids_BT.shape) < exchange_below * V:
         return placement.map_shards(
             _exchange_rows, (table_VD, ids_BT), (("rows", None), ("batch", placement.SEQUENCE)),
             ("batch", placement.SEQUENCE, None))

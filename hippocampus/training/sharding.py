@@ -150,12 +150,13 @@ def constrain_parameters(tree: Any, config: MeshConfig, *, gathered: bool) -> An
     if not gathers_once(config, tree):
         return tree
     mesh = jax.sharding.get_abstract_mesh()
-    layouts = [] if gathered else [config.rules]
+    layouts = []
     # From columns over tensor to rows over tensor and fsdp XLA finds its way only in two steps.
     if gathered or mesh.shape.get("tensor", 1) > 1:
-        layouts.insert(0, tuple(
-            (pattern, ",".join(_without_fsdp(part) for part in axes.split(",")))
-            for pattern, axes in config.rules))
+        layouts.append(tuple((pattern, ",".join(_without_fsdp(part) for part in axes.split(",")))
+                             for pattern, axes in config.rules))
+    if not gathered:
+        layouts.append(config.rules)
     for rules in layouts:
         tree = jax.tree.map(jax.lax.with_sharding_constraint, tree,
                             tree_shardings(mesh, tree, rules))

@@ -698,6 +698,7 @@ def test_ci_sets_up_with_uv_and_with_pip_where_that_fails(checkout, status):
 
 
 def test_ci_says_when_pip_has_to_set_up(checkout):
+    checkout.python("python3.12", version="3.12")
     done = checkout.sh("bash", ".ci/run")
     assert done.returncode == 0 and "uv: could not be installed, so pip" in done.stdout
 

@@ -83,7 +83,8 @@ def ops() -> dict[str, tuple[Callable, tuple]]:
     tokens = jnp.asarray(draw.integers(0, V, (B, T)).astype(np.int32))
     for name, exchange in (("its rows exchanged", 1.0), ("gathered", 0.0)):
         cases[f"embedding, {name}"] = (
-            lambda table, exchange=exchange: embedding.embed(table, tokens, exchange=exchange),
+            lambda table, exchange=exchange: embedding.embed(
+                table, tokens, exchange_below=exchange),
             (normal(V, E),))
 
     def cell(z: Any, args: tuple) -> Any:

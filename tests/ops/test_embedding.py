@@ -14,7 +14,7 @@ def primitives(V: int, B: int, axes: tuple[int, int, int, int], exchange: float 
     """What a lookup of B x 16 ids consists of."""
     mesh = AbstractMesh(axes, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
     with jax.sharding.use_abstract_mesh(mesh):
-        return str(jax.make_jaxpr(lambda table, ids: embed(table, ids, exchange=exchange))(
+        return str(jax.make_jaxpr(lambda table, ids: embed(table, ids, exchange_below=exchange))(
             jax.ShapeDtypeStruct((V, 8), jnp.float32), jax.ShapeDtypeStruct((B, 16), jnp.int32)))
 
 
